@@ -1,0 +1,190 @@
+"""The denoiser: a network together with the schedule, parameterization and preconditioning it was trained with.
+
+`Denoiser` is the one place where a network is called and where types are cast: solvers, guidance and objectives see
+`(x_t, level, condition) -> Prediction` and nothing else.
+
+>>> import torch
+>>> from sfumato.diffusion.schedule import TableSchedule, linear_alpha_bar
+>>> zero = lambda x, t: torch.zeros_like(x)
+>>> denoiser = Denoiser(torch.nn.Identity(), TableSchedule(linear_alpha_bar()))
+>>> denoiser.network.forward = zero
+>>> p = denoiser(torch.ones(1, 3, 4, 4), denoiser.schedule.level(0))
+>>> bool((p.eps == 0).all())
+True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.condition import Condition
+from sfumato.diffusion.level import NoiseLevel, expand
+from sfumato.diffusion.parameterization import EPS, Parameterization
+from sfumato.diffusion.schedule import Schedule
+from sfumato.errors import raise_unknown
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a denoiser says of one level. Shapes (B, C, …) like `x_t`.
+
+    Attributes:
+        x0: estimate of the clean signal.
+        eps: estimate of the noise. Kept apart from `x0`: clipping `x0` may or may not derive it anew.
+        out: the raw output in its own parameterization (guidance combines and rescales it).
+        var_frac: learned variance as a fraction in [0, 1] (in log space) between the smallest and the largest
+            posterior variance; the variance itself depends on the step and is the solver's.
+        grad: gradient of a log-probability with respect to `x_t` (classifier or CLIP guidance), already scaled.
+    """
+
+    x0: Tensor
+    eps: Tensor
+    out: Tensor
+    var_frac: Tensor | None = None
+    grad: Tensor | None = None
+
+    def shifted(self, level: NoiseLevel) -> Prediction:
+        """Fold `grad` in: `eps - sigma grad` and the `x0` that goes with it (Dhariwal 2021, alg. 2).
+
+        Every solver but the ancestral one (which adds its variance times `grad`) starts from this.
+        """
+        if self.grad is None:
+            return self
+        shift = expand(level.sigma, self.eps) * self.grad
+        to_x0 = expand(level.sigma / level.alpha, self.x0)
+        return replace(self, eps=self.eps - shift, x0=self.x0 + to_x0 * shift, grad=None)
+
+
+@dataclass(frozen=True)
+class Preconditioning:
+    """How a level is shown to the network: a scale for its input and the time that it is told.
+
+    Attributes:
+        name: how configs call it.
+        scale: `level -> c_in`, multiplies `x_t`; float64 of the level's shape.
+        time: `level -> c_noise`, what the network's time embedding gets.
+    """
+
+    name: str
+    scale: Callable[[NoiseLevel], Tensor]
+    time: Callable[[NoiseLevel], Tensor]
+
+
+def _one(level: NoiseLevel) -> Tensor:
+    return torch.ones_like(level.alpha)
+
+
+TIME = Preconditioning("time", _one, lambda level: level.t)
+"""The schedule's own `t`, input as it is: DDPM, latent diffusion, Stable Diffusion."""
+
+TIME_1000 = Preconditioning("time_1000", _one, lambda level: 1000 * level.t)
+"""`1000 t` for schedules whose `t` runs over [0, 1] (flow matching)."""
+
+SIGNAL = Preconditioning("signal", _one, lambda level: level.alpha)
+"""SR3: the network is told the amplitude `alpha = sqrt(alpha_bar)` itself (Saharia 2021)."""
+
+
+def edm_preconditioning(sigma_data: float = 0.5) -> Preconditioning:
+    """EDM: unit-variance input and `c_noise = ln(nsr) / 4` (Karras 2022, table 1), for any (alpha, sigma) path."""
+
+    def scale(level: NoiseLevel) -> Tensor:
+        return 1 / torch.sqrt(level.sigma**2 + (level.alpha * sigma_data) ** 2)
+
+    def time(level: NoiseLevel) -> Tensor:
+        return -level.half_log_snr.clamp(-20, 20) / 4
+
+    return Preconditioning("edm", scale, time)
+
+
+def preconditioning(name: str, *, sigma_data: float = 0.5) -> Preconditioning:
+    """The preconditioning of that name: time, time_1000, signal or edm. Unknown names raise `UserError`."""
+    known = {p.name: p for p in (TIME, TIME_1000, SIGNAL)}
+    if name == "edm":
+        return edm_preconditioning(sigma_data)
+    if name not in known:
+        raise_unknown("preconditioning", name, [*known, "edm"])
+    return known[name]
+
+
+class Denoiser(nn.Module):
+    """A network with everything that gives its output a meaning.
+
+    Args:
+        network: called as `network(x, t, **slots)` with x (B, C, *S), t (B,) and the filled slots of the condition;
+            returns (B, C_out, *S).
+        schedule: the one it was trained with.
+        parameterization: what it outputs.
+        preconditioning: how the level is shown to it.
+        learned_variance: it outputs 2C channels; the second half v gives `var_frac = (v + 1) / 2` (Nichol 2021,
+            eq. 15).
+        self_condition: its input is `concat[previous x0, x_t]` on channels (Chen 2022, "analog bits").
+
+    Raises:
+        ValueError: for eps-prediction on a schedule that is trained at alpha = 0.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: Schedule,
+        parameterization: Parameterization = EPS,
+        *,
+        preconditioning: Preconditioning = TIME,
+        learned_variance: bool = False,
+        self_condition: bool = False,
+    ) -> None:
+        super().__init__()
+        noisiest = schedule.level(schedule.t_range[1])
+        if float(noisiest.alpha) == 0 and float(parameterization.determinant(noisiest)) == 0:
+            raise ValueError(
+                f"'{parameterization.name}' prediction does not work with a schedule that reaches alpha = 0 "
+                "(zero terminal SNR or flow): there its output says nothing about the picture; use v, x0, flow or edm"
+            )
+        self.network, self.schedule, self.parameterization = network, schedule, parameterization
+        self.preconditioning = preconditioning
+        self.learned_variance, self.self_condition = learned_variance, self_condition
+
+    def forward(
+        self,
+        x_t: Tensor,
+        level: NoiseLevel,
+        condition: Condition | None = None,
+        previous_x0: Tensor | None = None,
+    ) -> Prediction:
+        """Predict at one level.
+
+        Args:
+            x_t: (B, C, *S).
+            level: of shape () or (B,), or broadcastable to `x_t`.
+            condition: its slots; None for none.
+            previous_x0: (B, C, *S) estimate of the step before, for a self-conditioned network (None: zeros).
+        """
+        dtype = self._dtype(x_t)
+        slots = (condition or Condition()).to(x_t.device, dtype)
+        inputs = expand(self.preconditioning.scale(level), x_t) * x_t
+        if self.self_condition:
+            inputs = torch.cat([torch.zeros_like(x_t) if previous_x0 is None else previous_x0, inputs], dim=1)
+        if slots.concat is not None:
+            inputs = torch.cat([inputs, slots.concat.to(inputs.dtype)], dim=1)
+        time = self.preconditioning.time(level).to(x_t.device, torch.float32)
+        if time.ndim == 0:
+            time = time.expand(x_t.shape[0])
+        out = self.network(inputs.to(dtype), time, **slots.for_network()).to(x_t.dtype)
+        var_frac = None
+        if self.learned_variance:
+            out, v = out.chunk(2, dim=1)
+            var_frac = (v + 1) / 2
+        return self.read(out, x_t, level, var_frac)
+
+    def read(self, out: Tensor, x_t: Tensor, level: NoiseLevel, var_frac: Tensor | None = None) -> Prediction:
+        """Give a raw output (B, C, *S) its meaning: the `Prediction` with `x0` and `eps` solved for."""
+        x0, eps = self.parameterization.solve(out, x_t, level)
+        return Prediction(x0, eps, out, var_frac)
+
+    def _dtype(self, x_t: Tensor) -> torch.dtype:
+        parameter = next(self.network.parameters(), None)
+        return x_t.dtype if parameter is None else parameter.dtype

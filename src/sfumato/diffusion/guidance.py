@@ -1,0 +1,154 @@
+"""Guidance: functions that build a `DenoiseFn = (x_t, level, previous_x0) -> Prediction` from denoisers and conditions.
+
+They compose like functions: `clip_x0(classifier_free(denoiser, condition, null, 3.0))`. The convention is Stable
+Diffusion's, `null + scale * (conditional - null)`: 1 switches guidance off and is bit-identical to `unguided`.
+
+>>> import torch
+>>> from sfumato.diffusion.analytic import GaussianData
+>>> from sfumato.diffusion.level import NoiseLevel
+>>> data = GaussianData(mean=torch.full((1,), 3.0), variance=0.01)
+>>> clip_x0(data)(torch.zeros(1, 1), NoiseLevel.of(0, 0.6, 0.8), None).x0.item()
+1.0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sfumato.condition import Condition
+from sfumato.diffusion.denoiser import Denoiser, Prediction
+from sfumato.diffusion.level import NoiseLevel, expand
+
+DenoiseFn = Callable[[Tensor, NoiseLevel, Tensor | None], Prediction]
+
+
+def unguided(denoiser: Denoiser, condition: Condition | None = None) -> DenoiseFn:
+    """The denoiser as it is, under one condition."""
+
+    def denoise(x_t: Tensor, level: NoiseLevel, previous_x0: Tensor | None) -> Prediction:
+        prediction: Prediction = denoiser(x_t, level, condition, previous_x0)
+        return prediction
+
+    return denoise
+
+
+def classifier_free(
+    denoiser: Denoiser,
+    condition: Condition,
+    null: Condition,
+    scale: float,
+    *,
+    rescale: float = 0.0,
+    channels: int | None = None,
+    interval: tuple[float, float] | None = None,
+    batched: bool = True,
+) -> DenoiseFn:
+    """Classifier-free guidance, `out = null + scale * (conditional - null)` (Ho & Salimans 2022, in SD's convention).
+
+    Args:
+        condition, null: the wanted condition and the one it is contrasted with (the null or a negative prompt).
+        scale: 1 is off (the null branch is not evaluated), 0 is the null alone.
+        rescale: phi of Lin 2023 (eq. 15-16): pull the output's standard deviation back to the conditional one's.
+        channels: guide only the first so many channels (DiT guides 3 of 4); None for all.
+        interval: guide only where `nsr` lies within (low, high) (Kynkaanniemi 2024); outside, unguided.
+        batched: evaluate null and conditional in one call of twice the batch, null first.
+
+    The learned variance, where there is one, is the conditional branch's.
+    """
+    plain = unguided(denoiser, condition)
+    if scale == 1:
+        return plain
+
+    def denoise(x_t: Tensor, level: NoiseLevel, previous_x0: Tensor | None) -> Prediction:
+        if interval is not None and not interval[0] <= float(level.nsr) <= interval[1]:
+            return plain(x_t, level, previous_x0)
+        if batched:
+            without, with_ = _both(denoiser, condition, null, x_t, level, previous_x0)
+        else:
+            without, with_ = denoiser(x_t, level, null, previous_x0), plain(x_t, level, previous_x0)
+        out = without.out + scale * (with_.out - without.out)
+        if rescale:
+            out = _rescaled(out, with_.out, rescale)
+        if channels is not None:
+            out = torch.cat([out[:, :channels], with_.out[:, channels:]], dim=1)
+        return denoiser.read(out, x_t, level, with_.var_frac)
+
+    return denoise
+
+
+def _both(
+    denoiser: Denoiser,
+    condition: Condition,
+    null: Condition,
+    x_t: Tensor,
+    level: NoiseLevel,
+    previous_x0: Tensor | None,
+) -> tuple[Prediction, Prediction]:
+    """Null and conditional predictions from one call of twice the batch."""
+    previous = None if previous_x0 is None else torch.cat([previous_x0, previous_x0])
+    numbers = (level.t, level.alpha, level.sigma)
+    twice = level if level.alpha.ndim == 0 else NoiseLevel(*(torch.cat([v, v]) for v in numbers))
+    both = denoiser(torch.cat([x_t, x_t]), twice, condition.stacked_on(null), previous)
+
+    def half(value: Tensor | None, index: int) -> Tensor | None:
+        return None if value is None else value.chunk(2)[index]
+
+    def part(index: int) -> Prediction:
+        return Prediction(
+            both.x0.chunk(2)[index], both.eps.chunk(2)[index], both.out.chunk(2)[index], half(both.var_frac, index)
+        )
+
+    return part(0), part(1)
+
+
+def _rescaled(out: Tensor, reference: Tensor, phi: float) -> Tensor:
+    dims = tuple(range(1, out.ndim))
+    ratio = reference.std(dim=dims, keepdim=True) / out.std(dim=dims, keepdim=True)
+    return out * (phi * ratio + (1 - phi))
+
+
+def clip_x0(denoise: DenoiseFn, low: float = -1.0, high: float = 1.0, *, rederive_eps: bool = True) -> DenoiseFn:
+    """Clamp `x0` to the range of pictures (pixel space only, not latents).
+
+    Args:
+        rederive_eps: make `eps` agree with the clipped `x0` (guided-diffusion); False keeps the network's own
+            (diffusers' DDIM by default).
+    """
+
+    def denoise_and_clip(x_t: Tensor, level: NoiseLevel, previous_x0: Tensor | None) -> Prediction:
+        prediction = denoise(x_t, level, previous_x0)
+        return _with_x0(prediction, prediction.x0.clamp(low, high), x_t, level, rederive_eps)
+
+    return denoise_and_clip
+
+
+def dynamic_threshold(
+    denoise: DenoiseFn, quantile: float = 0.995, maximum: float = 1.0, *, rederive_eps: bool = True
+) -> DenoiseFn:
+    """Imagen's dynamic thresholding (Saharia 2022, section 2.3): clamp to each picture's own quantile, then scale.
+
+    Args:
+        quantile: of `|x0|` per picture, in (0, 1].
+        maximum: the range of pictures; a quantile below it leaves the picture clamped to it.
+    """
+
+    def denoise_and_threshold(x_t: Tensor, level: NoiseLevel, previous_x0: Tensor | None) -> Prediction:
+        prediction = denoise(x_t, level, previous_x0)
+        flat = prediction.x0.detach().abs().flatten(1).float()
+        s = torch.quantile(flat, quantile, dim=1).clamp(min=maximum)
+        limit = expand(s, prediction.x0)
+        x0 = torch.minimum(torch.maximum(prediction.x0, -limit), limit) * (maximum / limit)
+        return _with_x0(prediction, x0, x_t, level, rederive_eps)
+
+    return denoise_and_threshold
+
+
+def _with_x0(prediction: Prediction, x0: Tensor, x_t: Tensor, level: NoiseLevel, rederive_eps: bool) -> Prediction:
+    if not rederive_eps or bool((level.sigma == 0).any()):
+        return replace(prediction, x0=x0)
+    eps = expand(1 / level.sigma, x_t) * (x_t - expand(level.alpha, x_t) * x0)
+    return replace(prediction, x0=x0, eps=eps)

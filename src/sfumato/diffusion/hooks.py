@@ -1,0 +1,38 @@
+"""Hooks for the sampling loop: functions `(x, level, prediction, noise) -> x` called after every step.
+
+A hook may watch (previews, progress), replace `x`, or raise to cancel. It is also called once before the first
+step, with the initial `x`, the first level and no prediction.
+
+>>> import torch
+>>> x = torch.ones(1)
+>>> keep(x, None, None, None) is x
+True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from sfumato.diffusion.denoiser import Prediction
+from sfumato.diffusion.level import NoiseLevel
+from sfumato.random import NoiseSource
+
+Hook = Callable[[Tensor, NoiseLevel, Prediction | None, NoiseSource], Tensor]
+
+
+def keep(x: Tensor, level: NoiseLevel, prediction: Prediction | None, noise: NoiseSource) -> Tensor:
+    """The hook that does nothing."""
+    return x
+
+
+def chain(*hooks: Hook) -> Hook:
+    """One hook that calls several in order, each with the `x` of the one before."""
+
+    def chained(x: Tensor, level: NoiseLevel, prediction: Prediction | None, noise: NoiseSource) -> Tensor:
+        for hook in hooks:
+            x = hook(x, level, prediction, noise)
+        return x
+
+    return chained

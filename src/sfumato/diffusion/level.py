@@ -1,0 +1,87 @@
+"""A point on the diffusion path: `x_t = alpha * x0 + sigma * eps`.
+
+Every family of diffusion lives in these three numbers: variance preserving (`alpha**2 + sigma**2 = 1`), variance
+exploding (`alpha = 1`) and flow (`alpha + sigma = 1`). The network's own time `t` is carried along, never recomputed.
+
+>>> level = NoiseLevel.of(t=10.0, alpha=0.8, sigma=0.6)
+>>> round(float(level.nsr), 4), round(float(level.half_log_snr), 4)
+(0.75, 0.2877)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def expand(value: Tensor, x: Tensor) -> Tensor:
+    """Make a per-level number ready to multiply `x`: the one place that reshapes, moves and casts.
+
+    Args:
+        value: () float64, left as it is (a 0-dim CPU tensor promotes nothing and works on every device);
+            (B,), becomes (B, 1, …, 1) of `x`'s type and device; or already broadcastable, such as (B, 1, F, 1, 1).
+        x: (B, …).
+    """
+    if value.ndim == 0:
+        return value if value.device.type == "cpu" else value.to(x.device)
+    if value.ndim == 1:
+        value = value.reshape(-1, *([1] * (x.ndim - 1)))
+    return value.to(x.device, x.dtype)
+
+
+@dataclass(frozen=True)
+class NoiseLevel:
+    """A noise level `(t, alpha, sigma)`, each float64 of shape (), (B,) or broadcastable to the picture.
+
+    Attributes:
+        t: the schedule's time, what the network was told in training (index of a table, [0, 1] of a flow, …).
+        alpha: amplitude of the clean signal, in [0, 1].
+        sigma: amplitude of the noise, >= 0.
+    """
+
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+
+    @classmethod
+    def of(cls, t: float, alpha: float, sigma: float) -> NoiseLevel:
+        """A level from three plain numbers."""
+        return cls(*(torch.tensor(float(v), dtype=torch.float64) for v in (t, alpha, sigma)))
+
+    def like(self, x: Tensor) -> NoiseLevel:
+        """This level, each number reshaped to broadcast against `x` and on its device in its type."""
+        return NoiseLevel(expand(self.t, x), expand(self.alpha, x), expand(self.sigma, x))
+
+    @property
+    def nsr(self) -> Tensor:
+        """Noise-to-signal ratio `sigma / alpha`, in [0, inf]: what k-diffusion and EDM call sigma."""
+        return self.sigma / self.alpha
+
+    @property
+    def half_log_snr(self) -> Tensor:
+        """`log(alpha / sigma)`, lambda of DPM-Solver: -inf for pure noise, inf for a clean picture."""
+        return torch.log(self.alpha) - torch.log(self.sigma)
+
+    @property
+    def log_nsr(self) -> float:
+        """`log(sigma / alpha)` of a scalar level as a plain number: the clock of `NoiseSource.between`."""
+        return -float(self.half_log_snr)
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether no noise is left anywhere in it."""
+        return bool((self.sigma == 0).all())
+
+    def noise(self, x0: Tensor, eps: Tensor) -> Tensor:
+        """The forward process in one jump, `alpha * x0 + sigma * eps` (Ho 2020, eq. 4). Shapes (B, …)."""
+        here = self.like(x0)
+        return here.alpha * x0 + here.sigma * eps
+
+    def __len__(self) -> int:
+        return 0 if self.alpha.ndim == 0 else self.alpha.shape[0]
+
+
+CLEAN = NoiseLevel.of(t=0.0, alpha=1.0, sigma=0.0)
+"""The end of the path, `x_t = x0`. No network is ever asked there; its `t` carries no meaning."""

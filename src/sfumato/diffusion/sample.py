@@ -1,0 +1,93 @@
+"""The one sampling loop: a grid of levels, a solver that makes one transition, a denoiser that says where to go.
+
+>>> import torch
+>>> from sfumato.diffusion import grid
+>>> from sfumato.diffusion.analytic import GaussianData
+>>> from sfumato.diffusion.schedule import TableSchedule, cosine_alpha_bar
+>>> from sfumato.diffusion.solvers import Euler
+>>> from sfumato.random import NoiseSource
+>>> schedule, data = TableSchedule(cosine_alpha_bar()), GaussianData(torch.full((2,), 3.0), 0.01)
+>>> levels, noise = grid.trailing(schedule, 10), NoiseSource([0], (2,))
+>>> x = sample(data, Euler(), noise.draw(), levels, schedule, noise=noise)
+>>> bool(((x - 3).abs() < 0.5).all())
+True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.diffusion.denoiser import Prediction
+from sfumato.diffusion.guidance import DenoiseFn
+from sfumato.diffusion.hooks import Hook, keep
+from sfumato.diffusion.level import NoiseLevel, expand
+from sfumato.diffusion.posterior import renoise
+from sfumato.diffusion.schedule import Schedule
+from sfumato.diffusion.solvers.base import Solver
+from sfumato.random import NoiseSource
+
+
+@torch.no_grad()
+def sample(
+    denoise: DenoiseFn,
+    solver: Solver[Any],
+    x: Tensor,
+    grid: Sequence[NoiseLevel],
+    schedule: Schedule,
+    *,
+    noise: NoiseSource,
+    on_step: Hook = keep,
+    climb: bool = False,
+) -> Tensor:
+    """Follow `grid` from its first level to its last. Returns `x` there, (B, *S).
+
+    Args:
+        denoise: `(x_t, level, previous_x0) -> Prediction`; the previous estimate is the last step's.
+        solver: makes one transition; may stop short of the next level, and is asked again.
+        x: (B, *S) at `grid[0]`: `start(noise, grid[0])` for pure noise.
+        grid: levels, noisy to clean. Where it goes up again the picture is renoised (Restart, RePaint) …
+        climb: … unless this is set: then the solver itself walks up (inversion).
+        noise: each picture's own stream.
+        on_step: called with the initial state and after every step; what it returns goes on.
+
+    `torch.no_grad`, not inference mode: guidance may need gradients.
+    """
+    x = on_step(x, grid[0], None, noise)
+    state, previous_x0 = solver.init(schedule, grid), None
+    for i, (now, nxt) in enumerate(pairwise(grid)):
+        if not climb and _goes_up(now, nxt):
+            x = renoise(x, now, nxt, noise.draw())
+            state, previous_x0 = solver.init(schedule, grid[i + 1 :]), None
+            x = on_step(x, nxt, None, noise)
+            continue
+        level = now
+        while level is not nxt:
+            ask: Callable[[Tensor, NoiseLevel], Prediction] = partial(_ask, denoise, previous_x0)
+            x, level, state, prediction = solver.step(ask, x, level, nxt, state, noise)
+            previous_x0 = prediction.x0
+        x = on_step(x, nxt, prediction, noise)
+    return x
+
+
+def _ask(denoise: DenoiseFn, previous_x0: Tensor | None, x: Tensor, level: NoiseLevel) -> Prediction:
+    return denoise(x, level, previous_x0)
+
+
+def start(noise: NoiseSource, first: NoiseLevel) -> Tensor:
+    """The state that sampling begins with at level `first`: noise of standard deviation `sqrt(alpha² + sigma²)`.
+
+    On a variance-preserving path that is 1; on an exploding one it counts the (unit-variance) data in, and on a flow
+    that begins at pure noise it is 1 too.
+    """
+    z = noise.draw()
+    return expand(torch.sqrt(first.alpha**2 + first.sigma**2), z) * z
+
+
+def _goes_up(now: NoiseLevel, nxt: NoiseLevel) -> bool:
+    return bool((nxt.sigma * now.alpha > now.sigma * nxt.alpha).any())

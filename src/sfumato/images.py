@@ -1,0 +1,540 @@
+"""Pictures at the border of the library: tensors in [-1, 1] become Pillow images, contact sheets and files.
+
+A saved picture carries the settings that made it, twice. Once as the `parameters` text that Stable Diffusion
+front ends read (a PNG text chunk of that name; EXIF UserComment in JPEG and WebP), and once as JSON without
+loss: in PNG an iTXt chunk named `sfumato`, in JPEG and WebP the EXIF ImageDescription (0x010E) behind the
+prefix `sfumato:`. The JSON is pure ASCII (other characters are escaped), which that EXIF field asks for and
+which lets any prompt survive, whatever its script. A file is written beside its final place and then renamed,
+so a reader finds the whole picture or none.
+
+>>> import torch
+>>> picture = with_settings(to_pil(torch.zeros(3, 8, 8))[0], {"prompt": "a fox", "steps": 20, "seed": 7})
+>>> picture.size, picture.getpixel((0, 0))
+((8, 8), (128, 128, 128))
+>>> print(infotext(picture.info["sfumato"]).rpartition(", Version")[0])
+a fox
+Steps: 20, Seed: 7
+>>> import tempfile, pathlib
+>>> with tempfile.TemporaryDirectory() as folder:
+...     path = pathlib.Path(folder) / "fox.webp"
+...     save_picture(picture, path)
+...     read_settings(path)
+{'prompt': 'a fox', 'seed': 7, 'steps': 20}
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import json
+import math
+import os
+import re
+import secrets
+import struct
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from torch import Tensor
+
+from sfumato.errors import UserError, nearest
+
+Settings = Mapping[str, Any]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+JSON_KEY = "sfumato"
+TEXT_KEY = "parameters"
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+_EXIF_PREFIX = "sfumato:"
+_IMAGE_DESCRIPTION, _EXIF_IFD, _USER_COMMENT = 0x010E, 0x8769, 0x9286
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+class PictureError(RuntimeError):
+    """A model's result cannot be shown as a picture; the message says what is wrong with it."""
+
+
+# --- tensors and pictures -----------------------------------------------------------------------------------
+
+
+def to_pil(x: Tensor) -> list[Image.Image]:
+    """Turn values in [-1, 1] into 8-bit pictures: `round((x + 1)·127.5)`, half to even, clamped to [0, 255].
+
+    Args:
+        x: pictures, (B, C, H, W) or (C, H, W), floating, in [-1, 1]; C is 1 (grey), 3 (RGB) or 4 (RGBA).
+
+    Returns:
+        One Pillow image for each picture of the batch.
+
+    Raises:
+        UserError: the shape or the type is not that of pictures.
+        PictureError: a value is NaN or infinite (it would otherwise be drawn as black).
+    """
+    if x.ndim not in (3, 4) or x.shape[-3] not in _MODES or not x.is_floating_point():
+        raise UserError(
+            f"cannot make pictures of a {x.dtype} tensor of shape {tuple(x.shape)}; "
+            "expected floating values of shape (B, C, H, W) or (C, H, W) with C = 1, 3 or 4"
+        )
+    batch = x.detach().to("cpu", torch.float32).reshape(-1, *x.shape[-3:])
+    for index, picture in enumerate(batch):
+        bad = int((~picture.isfinite()).sum())
+        if bad:
+            raise PictureError(
+                f"picture {index} of {len(batch)} has {bad} values that are NaN or infinite out of "
+                f"{picture.numel()}: the model overflowed; try float32 instead of half precision, "
+                "or less guidance"
+            )
+    levels = ((batch + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    arrays = levels.permute(0, 2, 3, 1).contiguous().numpy()
+    return [Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays]
+
+
+def from_pil(images: Sequence[Image.Image] | Image.Image, mode: str = "RGB") -> Tensor:
+    """Turn pictures of one size into a float32 tensor (B, C, H, W) in [-1, 1], `v/127.5 - 1`.
+
+    Args:
+        images: one picture or several; transparent parts are laid on white unless `mode` is "RGBA".
+        mode: "RGB" (C = 3), "L" (C = 1) or "RGBA" (C = 4).
+
+    Raises:
+        UserError: no picture, unequal sizes, an unknown `mode`, or a picture with more than 8 bits a channel.
+    """
+    pictures = [images] if isinstance(images, Image.Image) else list(images)
+    if mode not in _MODES.values():
+        raise UserError(f"unknown picture mode {mode!r}{nearest(mode, _MODES.values())}; known: L, RGB, RGBA")
+    sizes = sorted({picture.size for picture in pictures})
+    if len(sizes) != 1:
+        found = ", ".join(f"{w}x{h}" for w, h in sizes[:4]) or "none"
+        raise UserError(f"expected one or more pictures, all of one size; found {found}")
+    arrays = [np.array(_as_mode(picture, mode), dtype=np.uint8) for picture in pictures]
+    stacked = torch.from_numpy(np.stack(arrays)).reshape(len(arrays), *arrays[0].shape[:2], -1)
+    return stacked.permute(0, 3, 1, 2).contiguous().to(torch.float32) / 127.5 - 1
+
+
+def _as_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Convert to "L", "RGB" or "RGBA"; what is transparent goes onto white unless `mode` keeps it."""
+    if image.mode == mode:
+        return image
+    if image.mode.startswith(("I", "F")):
+        raise UserError(f"the picture has mode {image.mode!r}, more than 8 bits a channel; expected 8 bits")
+    if mode != "RGBA" and image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
+
+
+def sheet(
+    images: Sequence[Image.Image],
+    columns: int | None = None,
+    labels: Sequence[str] | None = None,
+    gap: int = 2,
+    scale: int = 1,
+) -> Image.Image:
+    """Lay pictures out on one white page, row by row, each centred at the top of its cell.
+
+    Args:
+        images: one or more pictures, of any sizes and modes.
+        columns: pictures in a row; by default `ceil(sqrt(n))`.
+        labels: one text for each picture, written below it, on up to three lines and then cut with "...". The
+            font is Pillow's own, which knows Latin letters only.
+        gap: white pixels between pictures and around the page, at least 0.
+        scale: integer enlargement without smoothing, at least 1.
+
+    Returns:
+        An RGB picture.
+
+    Raises:
+        UserError: no pictures, not as many labels as pictures, or a number out of its range.
+    """
+    pictures = list(images)
+    if not pictures:
+        raise UserError("a contact sheet needs at least one picture; got none")
+    if labels is not None and len(labels) != len(pictures):
+        raise UserError(f"a contact sheet needs one label per picture; got {len(labels)} for {len(pictures)}")
+    columns = math.ceil(math.sqrt(len(pictures))) if columns is None else columns
+    for name, value, least in (("columns", columns, 1), ("gap", gap, 0), ("scale", scale, 1)):
+        if value < least:
+            raise UserError(f"a contact sheet's {name} must be at least {least}; got {value}")
+    pictures = [_enlarged(_as_mode(picture, "RGB"), scale) for picture in pictures]
+    columns = min(columns, len(pictures))
+    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
+    font = ImageFont.load_default(min(16, max(10, width // 10)))
+    captions = [] if labels is None else [_wrapped(label, font, width) for label in labels]
+    line = math.ceil(sum(font.getmetrics())) if isinstance(font, ImageFont.FreeTypeFont) else 11
+    tall = height + line * max((caption.count("\n") + 1 for caption in captions if caption), default=0)
+    rows = math.ceil(len(pictures) / columns)
+    page = Image.new("RGB", (columns * (width + gap) + gap, rows * (tall + gap) + gap), "white")
+    pen = ImageDraw.Draw(page)
+    for index, picture in enumerate(pictures):
+        left, top = gap + (index % columns) * (width + gap), gap + (index // columns) * (tall + gap)
+        page.paste(picture, (left + (width - picture.width) // 2, top))
+        for number, text in enumerate(captions[index].split("\n") if captions else []):
+            pen.text((left, top + height + number * line), text, fill="black", font=font)
+    return page
+
+
+def _enlarged(image: Image.Image, scale: int) -> Image.Image:
+    if scale == 1:
+        return image
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def _wrapped(label: str, font: Font, width: int, lines: int = 3) -> str:
+    """Break a label so that each line is at most `width` pixels wide, and cut what `lines` lines cannot hold."""
+    done: list[str] = []
+    rest = " ".join(label.split())
+    while rest and len(done) < lines:
+        end = next((n for n in range(len(rest), 1, -1) if font.getlength(rest[:n]) <= width), 1)
+        space = rest.rfind(" ", 1, end + 1)
+        end = space if end < len(rest) and space > 0 else end
+        done.append(rest[:end].rstrip())
+        rest = rest[end:].lstrip()
+    if rest:
+        last = done[-1]
+        while last and font.getlength(last + "...") > width:
+            last = last[:-1]
+        done[-1] = last.rstrip() + "..."
+    return "\n".join(done)
+
+
+# --- settings as text ---------------------------------------------------------------------------------------
+
+_LABELS = {
+    "steps": "Steps",
+    "sampler": "Sampler",
+    "schedule": "Schedule type",
+    "guidance": "CFG scale",
+    "seed": "Seed",
+    "size": "Size",
+    "model_hash": "Model hash",
+    "model": "Model",
+    "strength": "Denoising strength",
+}
+_TYPES: dict[str, type] = {"steps": int, "guidance": float, "seed": int, "strength": float}
+_KEYS = {label: key for key, label in _LABELS.items()}
+_NEGATIVE = "Negative prompt:"
+_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_LONGEST_LINE = 20_000  # matching takes quadratic time on a line without a colon
+
+
+def infotext(settings: Settings) -> str:
+    """Write settings as the `parameters` text of Stable Diffusion front ends; `parse_infotext` reads it back.
+
+    The prompt, `Negative prompt: ...` where there is one, and a line `Steps: 20, Sampler: ..., Version: ...`.
+    The text is for other programs and loses what it has no name for; the JSON beside it keeps everything.
+
+    Args:
+        settings: read here are `prompt`, `negative`, `steps`, `sampler`, `schedule`, `guidance`, `seed`,
+            `width`, `height`, `model_hash` (its first ten digits are written), `model`, `strength` and `other`
+            (a dict of further names and values). A key that is missing, None or empty is left out.
+    """
+    values = {key: settings.get(key) for key in _LABELS}
+    if settings.get("width") is not None and settings.get("height") is not None:
+        values["size"] = f"{settings['width']}x{settings['height']}"
+    if values["model_hash"]:
+        values["model_hash"] = str(values["model_hash"])[:10]
+    pairs = [(_LABELS[key], value) for key, value in values.items()]
+    pairs += [*(settings.get("other") or {}).items(), ("Version", f"Sfumato {_version()}")]
+    line = ", ".join(f"{label}: {_quoted(value)}" for label, value in pairs if value not in (None, ""))
+    prompt, negative = (settings.get(key) or "" for key in ("prompt", "negative"))
+    return f"{prompt}\n{f'{_NEGATIVE} {negative}' if negative else ''}".strip() + f"\n{line}"
+
+
+def parse_infotext(text: str) -> dict[str, Any]:
+    """Read the `parameters` text of Stable Diffusion front ends into the keys that `infotext` writes.
+
+    The last line counts as settings if it holds at least three `name: value` pairs; else it is prompt. Names
+    that have no key here, and values that do not read as the number they should be, are kept as text under
+    `other`; the program's own name is under `version`. Nothing is filled in that the text does not say.
+
+    Raises:
+        UserError: the last line is longer than 20,000 characters.
+    """
+    *lines, last = text.strip().split("\n")
+    if len(last) > _LONGEST_LINE:
+        raise UserError(
+            f"the settings line of the picture's text has {len(last)} characters; "
+            f"at most {_LONGEST_LINE} are read"
+        )
+    pairs = _PAIR.findall(last)
+    if len(pairs) < 3:
+        lines, pairs = [*lines, last], []
+    parts: dict[str, list[str]] = {"prompt": []}
+    current = "prompt"
+    for line in (line.strip() for line in lines):
+        if line.startswith(_NEGATIVE):
+            current, line = "negative", line.removeprefix(_NEGATIVE).strip()
+        parts.setdefault(current, []).append(line)
+    settings: dict[str, Any] = {key: "\n".join(found) for key, found in parts.items()}
+    for label, value in pairs:
+        _keep_pair(settings, label.strip(), _unquoted(value.strip()))
+    return settings if text.strip() else {}
+
+
+def _keep_pair(settings: dict[str, Any], label: str, value: str) -> None:
+    key = "version" if label == "Version" else _KEYS.get(label)
+    size = re.fullmatch(r"(\d{1,9})x(\d{1,9})", value)
+    if key == "size" and size:
+        settings["width"], settings["height"] = int(size[1]), int(size[2])
+        return
+    try:
+        if key is not None and key != "size":
+            settings[key] = _TYPES.get(key, str)(value)
+            return
+    except ValueError:
+        pass  # not the number that belongs here: kept as it stands, below
+    settings.setdefault("other", {})[label] = value
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if re.search(r'[,\n:]|^"', text) else text
+
+
+def _unquoted(text: str) -> str:
+    if len(text) < 2 or text[0] != '"' or text[-1] != '"':
+        return text
+    try:
+        return str(json.loads(text))
+    except ValueError:
+        return text
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("sfumato")
+    except importlib.metadata.PackageNotFoundError:
+        return "(source tree)"
+
+
+def _json(settings: Settings) -> str:
+    """Settings as compact ASCII JSON with sorted keys: one text for one meaning."""
+    try:
+        return json.dumps(dict(settings), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"the picture's settings cannot be written as JSON: {error}") from error
+
+
+def _settings_from_json(text: str) -> dict[str, Any] | None:
+    """The settings in a JSON text, or None where it is damaged or not an object."""
+    try:
+        settings = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return settings if isinstance(settings, dict) else None
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def with_settings(image: Image.Image, settings: Settings) -> Image.Image:
+    """Return a copy of `image` with its settings in `info["sfumato"]`, where `save_picture` finds them."""
+    carrying = image.copy()
+    carrying.info[JSON_KEY] = dict(settings)
+    return carrying
+
+
+def save_picture(
+    image: Image.Image,
+    path: str | os.PathLike[str],
+    settings: Settings | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a picture and the settings that made it to a PNG, JPEG or WebP file, whole or not at all.
+
+    Args:
+        image: the picture. JPEG (quality 95, full colour resolution) has no transparency: that goes onto
+            white. PNG and WebP are written without loss.
+        path: the suffix says the format: .png, .jpg, .jpeg or .webp. The folder must exist.
+        settings: a dict that JSON can hold; None takes `image.info["sfumato"]` where present, `{}` writes
+            none.
+        overwrite: replace a file that is there.
+
+    Raises:
+        UserError: unknown suffix, a file in the way, settings that do not fit, or a write that failed (disk
+            full, no such folder, no permission). The earlier file, if any, is then still there, untouched.
+    """
+    target = Path(path)
+    data = encode_picture(image, target.suffix, settings)
+    if not overwrite and os.path.lexists(target):
+        raise UserError(f"{str(target)!r} already exists; choose another name or allow overwriting")
+    if not target.parent.is_dir():
+        raise UserError(f"cannot write {str(target)!r}: there is no folder {str(target.parent)!r}")
+    beside = target.parent / f".sfumato-{secrets.token_hex(8)}.tmp"
+    try:
+        _write_and_sync(beside, data)
+        os.replace(beside, target)
+    except OSError as error:
+        raise UserError(f"cannot write {str(target)!r}: {error.strerror or error}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _write_and_sync(path: Path, data: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def encode_picture(image: Image.Image, suffix: str, settings: Settings | None = None) -> bytes:
+    """The bytes that `save_picture` writes, for the format that `suffix` (".png", ".jpg", ...) names.
+
+    Raises:
+        UserError: an unknown suffix, or a picture or settings that the format cannot hold.
+    """
+    kind = FORMATS.get(suffix.lower())
+    if kind is None:
+        known = ", ".join(FORMATS)
+        raise UserError(f"unknown picture suffix {suffix!r}{nearest(suffix, FORMATS)}; known: {known}")
+    settings = _carried(image) if settings is None else settings
+    options: dict[str, Any] = {
+        "PNG": {},
+        "JPEG": {"quality": 95, "subsampling": 0, "exif": b""},
+        "WEBP": {"lossless": True, "exact": True, "exif": b""},
+    }[kind]
+    if settings:
+        described, text = _json(settings), _writable(infotext(settings))
+        if kind == "PNG":
+            options["pnginfo"] = _png_chunks(described, text)
+        else:
+            options["exif"] = _exif(described, text)
+    if kind != "PNG" and image.mode not in ("RGB", "L"):
+        image = _as_mode(image, "RGBA" if kind == "WEBP" and image.has_transparency_data else "RGB")
+    buffer = io.BytesIO()
+    try:
+        image.save(buffer, kind, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot write a {image.width}x{image.height} picture of mode {image.mode!r} as {kind}: {error}"
+        ) from error
+    return buffer.getvalue()
+
+
+def _carried(image: Image.Image) -> dict[str, Any]:
+    """The settings an image carries: a dict from `with_settings`, or the JSON text of an opened file."""
+    carried = image.info.get(JSON_KEY)
+    if carried is None:
+        carried = _exif_texts(image)[0]
+    if isinstance(carried, str):
+        carried = _settings_from_json(carried)
+    return dict(carried) if isinstance(carried, Mapping) else {}
+
+
+def _writable(text: str) -> str:
+    """The text without what no picture file can hold: zero characters and halves of surrogate pairs."""
+    return text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
+
+
+def _png_chunks(described: str, text: str) -> PngImagePlugin.PngInfo:
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text(TEXT_KEY, text)  # tEXt where Latin-1 will do, else iTXt
+    chunks.add_itxt(JSON_KEY, described)
+    return chunks
+
+
+def _exif(described: str, text: str) -> bytes:
+    """An EXIF block (big-endian TIFF) with ImageDescription in IFD 0 and UserComment in the Exif IFD.
+
+    Built by hand because the standard asks for type 7 in UserComment and the readers of the `parameters` text
+    expect UTF-16 in big-endian order behind the "UNICODE" mark.
+    """
+    description = f"{_EXIF_PREFIX}{described}".encode("ascii") + b"\0"
+    comment = b"UNICODE\0" + text.encode("utf-16-be")
+    first_ifd, entry = 8, ">HHII"
+    data_at = first_ifd + 2 + 2 * 12 + 4
+    exif_ifd = data_at + len(description) + len(description) % 2
+    block = b"MM\0*" + struct.pack(">IH", first_ifd, 2)
+    block += struct.pack(entry, _IMAGE_DESCRIPTION, 2, len(description), data_at)
+    block += struct.pack(entry, _EXIF_IFD, 4, 1, exif_ifd) + struct.pack(">I", 0)
+    block += description + b"\0" * (len(description) % 2)
+    block += struct.pack(">H", 1) + struct.pack(entry, _USER_COMMENT, 7, len(comment), exif_ifd + 18)
+    block += struct.pack(">I", 0) + comment
+    if len(block) > 65_000:
+        raise UserError(
+            f"the picture's settings take {len(block)} bytes, more than the 65000 that JPEG and WebP "
+            "files have room for; save it as .png"
+        )
+    return b"Exif\0\0" + block
+
+
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+
+def read_settings(file: str | os.PathLike[str] | IO[bytes]) -> dict[str, Any] | None:
+    """The settings inside a PNG, JPEG or WebP file: our own JSON if it is there, else the `parameters` text.
+
+    Args:
+        file: a path, or a binary file open for reading.
+
+    Returns:
+        The settings, or None for a picture that carries none.
+
+    Raises:
+        UserError: no such file, not a picture of these formats, or settings that are damaged.
+    """
+    name = repr(os.fspath(file)) if isinstance(file, (str, os.PathLike)) else "the picture"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=("PNG", "JPEG", "WEBP")) as image:
+                described, text = _picture_texts(image)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no picture {name}") from error
+    except Image.UnidentifiedImageError as error:
+        raise UserError(f"{name} is not a PNG, JPEG or WebP picture") from error
+    except _UNREADABLE as error:
+        raise UserError(f"cannot read {name}: {error}") from error
+    settings = None if described is None else _settings_from_json(described)
+    if settings is not None:
+        return settings
+    if text is not None and text.strip():
+        return parse_infotext(text)
+    if described is not None:
+        raise UserError(f"the settings inside {name} are damaged: they are not a JSON object")
+    return None
+
+
+def _picture_texts(image: Image.Image) -> tuple[str | None, str | None]:
+    """(our JSON, the `parameters` text) of an opened picture, each None where absent."""
+    if image.format != "PNG":
+        return _exif_texts(image)
+    if JSON_KEY not in image.info:
+        image.load()  # text may also follow the pixels
+    described, text = image.info.get(JSON_KEY), image.info.get(TEXT_KEY)
+    return (str(described) if described is not None else None), (str(text) if text is not None else None)
+
+
+def _exif_texts(image: Image.Image) -> tuple[str | None, str | None]:
+    exif = image.getexif()
+    description = exif.get(_IMAGE_DESCRIPTION)
+    comment = exif.get_ifd(_EXIF_IFD).get(_USER_COMMENT)
+    described = None
+    if isinstance(description, str) and description.startswith(_EXIF_PREFIX):
+        described = description.removeprefix(_EXIF_PREFIX)
+    if isinstance(comment, bytes):
+        comment = _comment_text(comment)
+    return described, comment if isinstance(comment, str) else None
+
+
+def _comment_text(comment: bytes) -> str:
+    """Decode an EXIF UserComment; writers disagree on the byte order of UTF-16, so the zero bytes decide."""
+    mark, body = comment[:8], comment[8:]
+    if mark == b"UNICODE\0":
+        little = body[1::2].count(0) > body[0::2].count(0)
+        return body.decode("utf-16-le" if little else "utf-16-be", "replace")
+    if mark == b"ASCII\0\0\0":
+        return body.decode("utf-8", "replace")
+    return (body if mark == b"\0" * 8 else comment).decode("utf-8", "replace")

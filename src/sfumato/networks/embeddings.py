@@ -1,0 +1,74 @@
+"""Embeddings of the noise level: sinusoids, Fourier features and the little network behind them.
+
+>>> [round(v, 4) for v in sinusoidal(torch.tensor([10.0]), 8)[0, :4].tolist()]
+[-0.8391, 0.5403, 0.995, 1.0]
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def sinusoidal(t: Tensor, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0) -> Tensor:
+    """Sinusoidal embedding of times (Vaswani 2017, section 3.5).
+
+    Args:
+        t: (B,) times, any range.
+        dim: width of the embedding; an odd one ends in a zero.
+        flip_sin_to_cos: [cos, sin] (ADM, Stable Diffusion) rather than [sin, cos] (DDPM).
+        freq_shift: frequencies are `10000^(-i / (dim // 2 - freq_shift))`, i < dim // 2.
+
+    Returns:
+        (B, dim) float32.
+    """
+    half = dim // 2
+    exponent = (
+        -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
+    )
+    angles = t.float()[:, None] * torch.exp(exponent)[None, :]
+    waves = (
+        [torch.cos(angles), torch.sin(angles)] if flip_sin_to_cos else [torch.sin(angles), torch.cos(angles)]
+    )
+    return F.pad(torch.cat(waves, dim=-1), (0, dim % 2))
+
+
+class Timesteps(nn.Module):
+    """`sinusoidal` as a module without parameters."""
+
+    def __init__(self, dim: int, flip_sin_to_cos: bool = True, freq_shift: float = 0.0) -> None:
+        super().__init__()
+        self.dim, self.flip_sin_to_cos, self.freq_shift = dim, flip_sin_to_cos, freq_shift
+
+    def forward(self, t: Tensor) -> Tensor:
+        return sinusoidal(t, self.dim, flip_sin_to_cos=self.flip_sin_to_cos, freq_shift=self.freq_shift)
+
+
+class GaussianFourierProjection(nn.Module):
+    """Random Fourier features of log time (Song 2021, NCSN++): (B,) -> (B, 2 dim), [cos, sin] when flipped."""
+
+    def __init__(self, dim: int, scale: float = 16.0, flip_sin_to_cos: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim).normal_() * scale, requires_grad=False)
+        self.flip_sin_to_cos = flip_sin_to_cos
+
+    def forward(self, t: Tensor) -> Tensor:
+        angles = torch.log(t.float())[:, None] * self.weight[None, :].float() * (2 * math.pi)
+        first, second = (torch.cos, torch.sin) if self.flip_sin_to_cos else (torch.sin, torch.cos)
+        return torch.cat([first(angles), second(angles)], dim=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """Linear, SiLU, Linear: (B, dim_in) -> (B, dim)."""
+
+    def __init__(self, dim_in: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(dim_in, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear_2(F.silu(self.linear_1(x)))
+        return out

@@ -1,0 +1,242 @@
+"""The pixel-space UNet of DDPM, improved DDPM and ADM, under the names of diffusers' `UNet2DModel`.
+
+A checkpoint of that class loads by the identity map, and ours load there.
+
+>>> config = UNet2DConfig(block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+>>> UNet2DModel(config)(torch.zeros(2, 3, 8, 8), torch.tensor([5, 10])).shape
+torch.Size([2, 3, 8, 8])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sfumato.errors import UserError, raise_unknown
+from sfumato.networks.attention import Attention, AttentionHost
+from sfumato.networks.embeddings import GaussianFourierProjection, TimestepEmbedding, Timesteps
+from sfumato.networks.resnet import ResnetBlock2D
+from sfumato.networks.unet_blocks import BlockStyle, UNetMidBlock2D, _Stack, down_block, up_block
+
+
+@dataclass(frozen=True)
+class UNet2DConfig:
+    """diffusers' fields of `UNet2DModel`, with its meanings and defaults.
+
+    `attention_head_dim` is the width of a head here (None: one head). `center_input_sample` maps [0, 1] to [-1, 1]
+    inside. `time_embedding_type` is positional, fourier or learned.
+    """
+
+    sample_size: int | tuple[int, int] | None = None
+    in_channels: int = 3
+    out_channels: int = 3
+    center_input_sample: bool = False
+    time_embedding_type: Literal["positional", "fourier", "learned"] = "positional"
+    time_embedding_dim: int | None = None
+    freq_shift: int = 0
+    flip_sin_to_cos: bool = True
+    down_block_types: tuple[str, ...] = (
+        "DownBlock2D",
+        "AttnDownBlock2D",
+        "AttnDownBlock2D",
+        "AttnDownBlock2D",
+    )
+    mid_block_type: str | None = "UNetMidBlock2D"
+    up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")
+    block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
+    layers_per_block: int = 2
+    mid_block_scale_factor: float = 1.0
+    downsample_padding: int = 1
+    downsample_type: Literal["conv", "resnet"] = "conv"
+    upsample_type: Literal["conv", "resnet"] = "conv"
+    dropout: float = 0.0
+    act_fn: str = "silu"
+    attention_head_dim: int | None = 8
+    norm_num_groups: int = 32
+    attn_norm_num_groups: int | None = None
+    norm_eps: float = 1e-5
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
+    add_attention: bool = True
+    class_embed_type: Literal["timestep", "identity"] | None = None
+    num_class_embeds: int | None = None
+    num_train_timesteps: int | None = None
+
+    def __post_init__(self) -> None:
+        levels = {len(self.block_out_channels), len(self.down_block_types), len(self.up_block_types)}
+        if len(levels) != 1 or 0 in levels:
+            raise UserError(
+                "block_out_channels, down_block_types and up_block_types must have the same number of levels, got "
+                f"{len(self.block_out_channels)}, {len(self.down_block_types)} and {len(self.up_block_types)}"
+            )
+        for name, known in (
+            ("time_embedding_type", ("positional", "fourier", "learned")),
+            ("resnet_time_scale_shift", ("default", "scale_shift")),
+            ("downsample_type", ("conv", "resnet")),
+            ("upsample_type", ("conv", "resnet")),
+            ("class_embed_type", (None, "timestep", "identity")),
+            ("mid_block_type", (None, "UNetMidBlock2D")),
+        ):
+            if getattr(self, name) not in known:
+                raise_unknown(name, str(getattr(self, name)), [str(k) for k in known])
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups:
+                raise UserError(
+                    f"block_out_channels {channels} is not a multiple of norm_num_groups {self.norm_num_groups}"
+                )
+        if self.time_embedding_type == "learned" and not self.num_train_timesteps:
+            raise UserError("time_embedding_type 'learned' needs num_train_timesteps")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> UNet2DConfig:
+        """From JSON: keys that begin with "_" are notes; an unknown key is refused with the nearest name."""
+        known = [f.name for f in fields(cls)]
+        given = {key: value for key, value in values.items() if not key.startswith("_")}
+        for key in given:
+            if key not in known:
+                raise_unknown("network key", key, known)
+        try:
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        except TypeError as error:
+            raise UserError(f"the network's config has a value of the wrong type ({error})") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+class UNet2DModel(AttentionHost):
+    """A UNet over pictures, told the time and optionally a class.
+
+    Registration order is the ecosystem's: conv_in, time and class embeddings, down_blocks, up_blocks, mid_block.
+    """
+
+    def __init__(self, config: UNet2DConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        widths, time_dim = c.block_out_channels, c.time_embedding_dim or 4 * c.block_out_channels[0]
+        style = BlockStyle(
+            time_channels=time_dim,
+            groups=c.norm_num_groups,
+            eps=c.norm_eps,
+            dropout=c.dropout,
+            act=c.act_fn,
+            scale_shift=c.resnet_time_scale_shift == "scale_shift",
+            head_dim=c.attention_head_dim,
+            downsample_padding=c.downsample_padding,
+            downsample_type=c.downsample_type,
+            upsample_type=c.upsample_type,
+        )
+        self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
+        self.time_proj, time_width = _time_projection(c)
+        self.time_embedding = TimestepEmbedding(time_width, time_dim)
+        self.class_embedding = _class_embedding(c, time_width, time_dim)
+        last = len(widths) - 1
+        self.down_blocks = nn.ModuleList(
+            down_block(kind, widths[max(i - 1, 0)], widths[i], c.layers_per_block, style, last=i == last)
+            for i, kind in enumerate(c.down_block_types)
+        )
+        self.up_blocks = nn.ModuleList()
+        for i, kind in enumerate(c.up_block_types):
+            level = last - i
+            skips = [widths[level]] * c.layers_per_block + [widths[max(level - 1, 0)]]
+            above = widths[min(level + 1, last)]
+            self.up_blocks.append(up_block(kind, above, widths[level], skips, style, last=i == last))
+        if c.mid_block_type is not None:
+            default_groups = c.norm_num_groups if c.resnet_time_scale_shift == "default" else None
+            self.mid_block: UNetMidBlock2D | None = UNetMidBlock2D(
+                widths[-1],
+                style,
+                attention=c.add_attention,
+                groups=c.attn_norm_num_groups or default_groups,
+                output_scale_factor=c.mid_block_scale_factor,
+            )
+        else:
+            self.mid_block = None
+        self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, widths[0], c.norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor | float, labels: Tensor | None = None) -> Tensor:
+        """Predict.
+
+        Args:
+            x: (B, in_channels, H, W), H and W multiples of 2^(levels - 1).
+            t: () or (B,), the time as the schedule counts it.
+            labels: (B,) class ids in [0, num_class_embeds); exactly when the network has classes.
+
+        Returns:
+            (B, out_channels, H, W).
+        """
+        self._check(x, labels)
+        times = torch.as_tensor(t, device=x.device).expand(len(x))
+        emb = self.time_embedding(self.time_proj(times).to(x.dtype))
+        if labels is not None and self.class_embedding is not None:
+            classes = (
+                self.time_proj(labels).to(x.dtype) if self.config.class_embed_type == "timestep" else labels
+            )
+            emb = emb + self.class_embedding(classes).to(x.dtype)
+        if self.config.center_input_sample:
+            x = 2 * x - 1
+        hidden = self.conv_in(x)
+        skips = [hidden]
+        for down in self.down_blocks:
+            hidden, more = down(hidden, emb)
+            skips += more
+        if self.mid_block is not None:
+            hidden = self.mid_block(hidden, emb)
+        for up in self.up_blocks:
+            hidden = up(hidden, skips, emb)
+        hidden = self.conv_out(F.silu(self.conv_norm_out(hidden)))
+        if self.config.time_embedding_type == "fourier":
+            hidden = hidden / times.to(hidden.dtype)[:, None, None, None]
+        return hidden
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass instead of keeping them."""
+        for module in self.modules():
+            if isinstance(module, _Stack):
+                module.gradient_checkpointing = True
+
+    def _check(self, x: Tensor, labels: Tensor | None) -> None:
+        factor = 2 ** (len(self.config.block_out_channels) - 1)
+        if x.shape[-2] % factor or x.shape[-1] % factor:
+            raise UserError(
+                f"height and width must be multiples of {factor}, got {x.shape[-2]} x {x.shape[-1]}"
+            )
+        if (labels is None) != (self.class_embedding is None):
+            raise ValueError("a class-conditional network needs labels, and an unconditional one takes none")
+
+
+def _time_projection(c: UNet2DConfig) -> tuple[nn.Module, int]:
+    width = c.block_out_channels[0]
+    if c.time_embedding_type == "fourier":
+        return GaussianFourierProjection(width), 2 * width
+    if c.time_embedding_type == "learned":
+        return nn.Embedding(c.num_train_timesteps or 0, width), width
+    return Timesteps(width, c.flip_sin_to_cos, c.freq_shift), width
+
+
+def _class_embedding(c: UNet2DConfig, time_width: int, time_dim: int) -> nn.Module | None:
+    if c.class_embed_type == "timestep":
+        return TimestepEmbedding(time_width, time_dim)
+    if c.class_embed_type == "identity":
+        return nn.Identity()
+    return nn.Embedding(c.num_class_embeds, time_dim) if c.num_class_embeds is not None else None
+
+
+def init_zero_outputs(network: nn.Module) -> None:
+    """Start every residual branch at zero: the last convolution of each block, attention outputs and `conv_out`.
+
+    DDPM's and ADM's initialisation (Ho 2020, appendix B; Dhariwal 2021): the network begins as the identity of its skips.
+    """
+    for module in network.modules():
+        if isinstance(module, ResnetBlock2D):
+            nn.init.zeros_(module.conv2.weight)
+        elif isinstance(module, Attention):
+            nn.init.zeros_(module.to_out[0].weight)  # type: ignore[arg-type]
+    if isinstance(network, UNet2DModel):
+        nn.init.zeros_(network.conv_out.weight)

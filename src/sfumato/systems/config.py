@@ -1,0 +1,156 @@
+"""Typed, closed configs that every system shares: schedule, prediction, sampling defaults.
+
+An unknown key is an error that names the nearest one. Nothing in a config is an import path: names are looked up in
+registries.
+
+>>> ScheduleConfig(name="cosine").build().steps
+1000
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sfumato.diffusion import schedule as schedules
+from sfumato.diffusion.denoiser import Preconditioning, preconditioning
+from sfumato.diffusion.parameterization import Parameterization, parameterization
+from sfumato.errors import UserError, nearest
+
+
+class Strict(BaseModel):
+    """A frozen config that refuses unknown keys and numbers that are not finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def parse(model: type[ConfigT], values: Mapping[str, Any], where: str) -> ConfigT:
+    """Validate a mapping; the first problem becomes one sentence with its place and the nearest right key.
+
+    Args:
+        where: what is being read, e.g. "recipe.yaml" or a model's path.
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise UserError(f"{where}: {_sentence(model, error)}") from None
+
+
+def _sentence(model: type[BaseModel], error: ValidationError) -> str:
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    dotted = ".".join(path) or "config"
+    if first["type"] == "extra_forbidden":
+        return f"unknown key '{dotted}'{nearest(path[-1], _fields_at(model, path[:-1]))}"
+    given = "" if first["type"] == "missing" else f", got {first['input']!r:.60}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{dotted}: {message[:1].lower()}{message[1:]}{given}"
+
+
+def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    """Names of the fields of the config found by following `path` from `model`."""
+    for part in path:
+        field = model.model_fields.get(part)
+        if field is None:
+            return []
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        inner = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if inner is None:
+            return []
+        model = inner
+    return list(model.model_fields)
+
+
+class ScheduleConfig(Strict):
+    """A noise schedule.
+
+    Attributes:
+        name: linear, scaled_linear, cosine, sigmoid (tables), flow or ve (continuous).
+        steps: length of a table.
+        start, end: first and last beta of linear and scaled_linear; None for the schedule's own defaults.
+        zero_terminal_snr: rescale the table so that it ends in pure noise.
+        interpolation: of a table at fractional times.
+        shift: of the flow schedule.
+        sigma_min, sigma_max: of the exploding schedule.
+    """
+
+    name: Literal["linear", "scaled_linear", "cosine", "sigmoid", "flow", "ve"] = "linear"
+    steps: int = Field(default=1000, ge=2, le=100_000)
+    start: float | None = Field(default=None, gt=0, lt=1)
+    end: float | None = Field(default=None, gt=0, lt=1)
+    zero_terminal_snr: bool = False
+    interpolation: Literal["log", "linear"] = "log"
+    shift: float = Field(default=1.0, gt=0)
+    sigma_min: float = Field(default=0.002, gt=0)
+    sigma_max: float = Field(default=80.0, gt=0)
+
+    def build(self) -> schedules.Schedule:
+        """The schedule itself."""
+        if self.name == "flow":
+            return schedules.FlowSchedule(self.shift)
+        if self.name == "ve":
+            return schedules.VESchedule(self.sigma_min, self.sigma_max)
+        return schedules.TableSchedule(self._table(), interpolation=self.interpolation)
+
+    def _table(self) -> torch.Tensor:
+        tables: dict[str, Callable[..., torch.Tensor]] = {
+            "linear": schedules.linear_alpha_bar,
+            "scaled_linear": schedules.scaled_linear_alpha_bar,
+            "cosine": schedules.cosine_alpha_bar,
+            "sigmoid": schedules.sigmoid_alpha_bar,
+        }
+        ends = {"start": self.start, "end": self.end}
+        given = {key: value for key, value in ends.items() if value is not None}
+        if given and self.name not in ("linear", "scaled_linear"):
+            raise UserError(f"schedule.start and schedule.end belong to linear schedules, not to {self.name}")
+        table = tables[self.name](self.steps, **given)
+        return schedules.rescale_zero_terminal_snr(table) if self.zero_terminal_snr else table
+
+
+class PredictionConfig(Strict):
+    """What the network outputs and how it is shown the noise level.
+
+    Attributes:
+        parameterization: eps, x0, v, flow or edm.
+        sigma_data: standard deviation of the data, for edm.
+        preconditioning: time, time_1000, signal or edm; "auto" takes what fits the schedule.
+        learned_variance: the network also outputs the variance.
+        self_condition: the network also sees its previous estimate.
+    """
+
+    parameterization: Literal["eps", "x0", "v", "flow", "edm"] = "eps"
+    sigma_data: float = Field(default=0.5, gt=0)
+    preconditioning: Literal["auto", "time", "time_1000", "signal", "edm"] = "auto"
+    learned_variance: bool = False
+    self_condition: bool = False
+
+    def build_parameterization(self) -> Parameterization:
+        return parameterization(self.parameterization, sigma_data=self.sigma_data)
+
+    def build_preconditioning(self, schedule: ScheduleConfig) -> Preconditioning:
+        fits = {"flow": "time_1000", "ve": "edm"}.get(schedule.name, "time")
+        name = fits if self.preconditioning == "auto" else self.preconditioning
+        return preconditioning(name, sigma_data=self.sigma_data)
+
+
+class SamplingConfig(Strict):
+    """How a model is sampled unless told otherwise.
+
+    Attributes:
+        sampler, schedule: names of the solver and of the spacing of steps.
+        steps: how many.
+        guidance: classifier-free guidance; 1 is off.
+        threshold: what keeps x0 in range: static (clip), dynamic, or none (latents).
+    """
+
+    sampler: str = "ddim"
+    schedule: str = "trailing"
+    steps: int = Field(default=50, ge=1)
+    guidance: float = Field(default=1.0, ge=0)
+    threshold: Literal["static", "dynamic", "none"] = "static"

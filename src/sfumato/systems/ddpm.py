@@ -1,0 +1,172 @@
+"""DDPM and its heirs in pixel space: one UNet, unconditional or with class labels.
+
+The typed config says everything that a checkpoint must remember: size, labels, network, schedule, what is predicted, the
+objective it was trained with, and how to sample it by default.
+
+>>> config = DDPMConfig(size=8, network={"block_out_channels": [32], "down_block_types": ["DownBlock2D"],
+...                                      "up_block_types": ["UpBlock2D"], "layers_per_block": 1})
+>>> DDPM.create(config).shape
+(3, 8, 8)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from sfumato.checkpoints.io import component, load_strictly
+from sfumato.condition import Condition
+from sfumato.diffusion.denoiser import Denoiser
+from sfumato.diffusion.objective import Objective
+from sfumato.errors import UserError, raise_unknown
+from sfumato.networks.unet_2d import UNet2DConfig, UNet2DModel
+from sfumato.systems.config import PredictionConfig, SamplingConfig, ScheduleConfig, Strict
+
+_DERIVED = ("sample_size", "in_channels", "out_channels", "num_class_embeds", "class_embed_type")
+
+
+class DDPMConfig(Strict):
+    """Everything a pixel-space diffusion model needs to be built and sampled.
+
+    Attributes:
+        size: width and height of the pictures in pixels.
+        channels: 3 for RGB, 1 for grey.
+        labels: names of the classes, in the order of their ids; empty for an unconditional model. One more id, the
+            last, is the null class of classifier-free guidance.
+        network: fields of `UNet2DConfig`, less those that follow from the rest.
+        schedule, prediction, sampling: see there.
+        objective: what it was trained with (fields of `Objective`).
+        title, licence, source: what a person should know of a shipped model; may be empty.
+    """
+
+    system: Literal["ddpm"] = "ddpm"
+    size: int = Field(ge=4, le=4096)
+    channels: Literal[1, 3] = 3
+    labels: tuple[str, ...] = ()
+    network: dict[str, Any] = Field(default_factory=dict)
+    schedule: ScheduleConfig = ScheduleConfig()
+    prediction: PredictionConfig = PredictionConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    objective: dict[str, Any] = Field(default_factory=dict)
+    title: str = ""
+    licence: str = ""
+    source: str = ""
+
+    @field_validator("network")
+    @classmethod
+    def _known_network_fields(cls, network: dict[str, Any]) -> dict[str, Any]:
+        for key in _DERIVED:
+            if key in network:
+                raise ValueError(f"network.{key} follows from size, channels, labels and prediction; leave it out")
+        UNet2DConfig.from_dict(network)
+        return network
+
+    def unet(self) -> UNet2DConfig:
+        """The network's own config with what follows from the rest filled in."""
+        return UNet2DConfig.from_dict(
+            {
+                **self.network,
+                "sample_size": self.size,
+                "in_channels": self.channels * (2 if self.prediction.self_condition else 1),
+                "out_channels": self.channels * (2 if self.prediction.learned_variance else 1),
+                "num_class_embeds": len(self.labels) + 1 if self.labels else None,
+            }
+        )
+
+
+class DDPM:
+    """A pixel-space diffusion model: config and denoiser.
+
+    Attributes:
+        config: as stored in its checkpoint.
+        denoiser: the network with schedule and prediction.
+    """
+
+    kind = "ddpm"
+
+    def __init__(self, config: DDPMConfig, denoiser: Denoiser) -> None:
+        self.config, self.denoiser = config, denoiser
+
+    @classmethod
+    def create(cls, config: DDPMConfig, device: str = "cpu") -> DDPM:
+        """A new model with freshly initialised weights (from torch's global generator), or none on "meta"."""
+        with torch.device(device):
+            network = UNet2DModel(config.unet())
+        try:
+            denoiser = Denoiser(
+                network,
+                config.schedule.build(),
+                config.prediction.build_parameterization(),
+                preconditioning=config.prediction.build_preconditioning(config.schedule),
+                learned_variance=config.prediction.learned_variance,
+                self_condition=config.prediction.self_condition,
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        return cls(config, denoiser)
+
+    @classmethod
+    def load(cls, config: DDPMConfig, tensors: Mapping[str, Tensor], *, what: str) -> DDPM:
+        """A model with stored weights (names `network.…`), in float32; a misfit raises `ModelFileError`."""
+        model = cls.create(config, "meta")
+        model.denoiser.network.to_empty(device="cpu")
+        load_strictly(model.denoiser.network, component(tensors, "network"), what=what)
+        model.denoiser.network.eval()
+        return model
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights under the names they are stored by."""
+        return {f"network.{name}": t for name, t in self.denoiser.network.state_dict().items()}
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one picture."""
+        return (self.config.channels, self.config.size, self.config.size)
+
+    @property
+    def null_label(self) -> int:
+        """The id of the null class."""
+        return len(self.config.labels)
+
+    def condition(self, labels: Sequence[str | int | None]) -> Condition:
+        """The condition for one label per picture: a name, an id, or None for the null class.
+
+        Raises:
+            UserError: for labels on an unconditional model, or an unknown one (the labels are listed).
+        """
+        if not self.config.labels:
+            if any(label is not None for label in labels):
+                raise UserError("this model has no class labels; leave --label out")
+            return Condition()
+        return Condition(labels=torch.tensor([self._label_id(label) for label in labels], dtype=torch.int64))
+
+    def _label_id(self, label: str | int | None) -> int:
+        names = self.config.labels
+        if label is None:
+            return self.null_label
+        if isinstance(label, int):
+            if not 0 <= label <= self.null_label:
+                raise UserError(f"label {label} is outside 0 … {self.null_label}")
+            return label
+        folded = [name.casefold() for name in names]
+        if label.casefold() not in folded:
+            raise_unknown("label", label, names)
+        return folded.index(label.casefold())
+
+    def objective(self) -> Objective:
+        """The objective that the config names."""
+        return objective_from(self.config.objective)
+
+
+def objective_from(values: Mapping[str, Any]) -> Objective:
+    """An `Objective` from config values; an unknown key is refused with the nearest."""
+    known = asdict(Objective())
+    for key in values:
+        if key not in known:
+            raise_unknown("objective key", key, known)
+    return Objective(**values)

@@ -1,0 +1,109 @@
+"""Recipe `ddpm`: train a pixel-space diffusion model on a set of pictures, with or without class labels.
+
+>>> DDPMRecipe.model_validate({"recipe": "ddpm", "data": {"path": ".", "size": 8}}).train.batch
+64
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor, nn
+
+from sfumato.diffusion.objective import Loss
+from sfumato.images import sheet, to_pil
+from sfumato.networks.unet_2d import init_zero_outputs
+from sfumato.systems.config import PredictionConfig, SamplingConfig, ScheduleConfig, Strict
+from sfumato.systems.ddpm import DDPM, DDPMConfig, objective_from
+from sfumato.tasks.draw import draw
+from sfumato.training.config import TrainConfig
+from sfumato.training.data import Batch, DataConfig, PictureSet
+
+
+class DDPMModelConfig(Strict):
+    """The part of a model's config that a recipe chooses; size, channels and labels come from the data."""
+
+    network: dict[str, Any] = Field(default_factory=dict)
+    schedule: ScheduleConfig = ScheduleConfig()
+    prediction: PredictionConfig = PredictionConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    title: str = ""
+    licence: str = ""
+    source: str = ""
+
+
+class DDPMRecipe(Strict):
+    """A whole run.
+
+    Attributes:
+        data: the pictures; with `data.label` the model learns that column's classes.
+        model: network, schedule, prediction, sampling defaults.
+        objective: fields of `Objective`.
+        label_dropout: share of pictures shown with the null class instead of their own, for classifier-free guidance.
+        train: how long, how large, how often.
+    """
+
+    recipe: Literal["ddpm"] = "ddpm"
+    description: str = ""
+    data: DataConfig
+    model: DDPMModelConfig = DDPMModelConfig()
+    objective: dict[str, Any] = Field(default_factory=dict)
+    label_dropout: float = Field(default=0.1, ge=0, le=1)
+    train: TrainConfig = TrainConfig()
+
+    def task(self, data: PictureSet, validation: PictureSet | None) -> DDPMTask:
+        """What the trainer is given."""
+        return DDPMTask(self, data, validation)
+
+
+class DDPMTask:
+    """The trainer's view of a DDPM run (see `sfumato.training.trainer.Task`)."""
+
+    def __init__(self, recipe: DDPMRecipe, data: PictureSet, validation: PictureSet | None) -> None:
+        self.recipe, self.data, self.validation = recipe, data, validation
+        config = DDPMConfig(
+            size=recipe.data.size,
+            channels=recipe.data.channels,
+            labels=tuple(data.labels),
+            objective=recipe.objective,
+            **recipe.model.model_dump(),
+        )
+        self.objective = objective_from(recipe.objective)
+        torch.manual_seed(recipe.train.seed)
+        self.model = DDPM.create(config)
+        self.objective.check(self.model.denoiser)
+        self.network: nn.Module = self.model.denoiser.network
+        init_zero_outputs(self.model.denoiser.network)
+        if recipe.train.gradient_checkpointing:
+            self.model.denoiser.network.enable_gradient_checkpointing()
+
+    def wrap(self, prepare: Callable[[nn.Module], nn.Module]) -> None:
+        self.model.denoiser.network = prepare(self.network)
+
+    def loss(self, batch: Batch, generator: torch.Generator, device: torch.device) -> Loss:
+        x0 = batch.to_float().to(device)
+        labels: list[int | None] = [None] * len(x0)
+        if batch.labels is not None:
+            dropped = torch.rand(len(x0), generator=generator) < self.recipe.label_dropout
+            labels = [None if d else int(i) for i, d in zip(batch.labels, dropped, strict=True)]
+        condition = self.model.condition(labels).to(device, torch.float32)
+        return self.objective(self.model.denoiser, x0, condition, generator=generator)
+
+    def draw(self, count: int, steps: int) -> Image.Image:
+        names = self.model.config.labels
+        labels = [names[i % len(names)] for i in range(count)] if names else None
+        pictures = draw(self.model, seeds=range(count), labels=labels, steps=steps)
+        return sheet(to_pil(pictures.cpu()), labels=labels, scale=max(1, 96 // self.recipe.data.size))
+
+    def tensors(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {f"network.{name}": tensor for name, tensor in weights.items()}
+
+    def weights(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name.removeprefix("network."): tensor for name, tensor in tensors.items()}
+
+    def model_config(self) -> dict[str, Any]:
+        return self.model.config.model_dump(mode="json")
