@@ -7,6 +7,7 @@ import io
 import json
 import os
 import stat
+import time
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def picture(size: tuple[int, int] = (5, 4), mode: str = "RGB") -> Image.Image:
     return to_pil(torch.rand(channels, size[1], size[0], generator=generator) * 2 - 1)[0]
 
 
-# --- tensors ------------------------------------------------------------------------------------------------
+# --- tensors ----------------------------------------------------------------------------------------------
 
 
 def test_levels_round_half_to_even_and_clamp() -> None:
@@ -89,7 +90,9 @@ def test_values_that_are_not_finite_are_refused(bad: float) -> None:
         to_pil(x)
 
 
-@pytest.mark.parametrize("x", [torch.zeros(4, 4), torch.zeros(2, 5, 4, 4), torch.zeros(3, 4, 4).to(torch.uint8)])
+@pytest.mark.parametrize(
+    "x", [torch.zeros(4, 4), torch.zeros(2, 5, 4, 4), torch.zeros(3, 4, 4).to(torch.uint8)]
+)
 def test_tensors_that_are_not_pictures(x: torch.Tensor) -> None:
     with pytest.raises(UserError, match="expected floating values of shape"):
         to_pil(x)
@@ -109,7 +112,7 @@ def test_from_pil_lays_transparency_on_white_and_checks_sizes() -> None:
         from_pil(clear, "rgb")
 
 
-# --- contact sheets -----------------------------------------------------------------------------------------
+# --- contact sheets ---------------------------------------------------------------------------------------
 
 
 def test_sheet_layout() -> None:
@@ -127,7 +130,7 @@ def test_sheet_labels() -> None:
     plain, labelled = sheet(pictures), sheet(pictures, labels=["fox", ""])
     assert labelled.width == plain.width and labelled.height > plain.height
     below = labelled.crop((2, 66, 66, labelled.height))
-    assert below.convert("L").getextrema()[0] < 128
+    assert bool((from_pil(below) < 0).any())
     beside = labelled.crop((68, 66, labelled.width, labelled.height))
     assert beside.convert("L").getextrema() == (255, 255)
     long = sheet(pictures, labels=["a very long label that goes on and on " * 5, "supercalifragilistic" * 9])
@@ -145,7 +148,7 @@ def test_sheet_refuses() -> None:
             sheet([picture()], **wrong)  # type: ignore[arg-type]
 
 
-# --- settings as text ---------------------------------------------------------------------------------------
+# --- settings as text -------------------------------------------------------------------------------------
 
 
 def test_infotext_is_the_published_form() -> None:
@@ -200,8 +203,15 @@ def test_two_pairs_are_a_prompt_and_wrong_numbers_are_kept() -> None:
     assert parse_infotext("  \n ") == {}
     parsed = parse_infotext("Steps: many, Size: big, Seed: 3")
     assert parsed == {"prompt": "", "seed": 3, "other": {"Steps": "many", "Size": "big"}}
-    with pytest.raises(UserError, match="at most 20000 are read"):
-        parse_infotext("a" * 20_001)
+    with pytest.raises(UserError, match="at most 100000 are read"):
+        parse_infotext("a" * 100_001)
+
+
+@pytest.mark.parametrize("unit", ["a", "a ", " ", "a:", 'ab:"x,', 'ab:"\\', '"'])
+def test_long_lines_take_linear_time(unit: str) -> None:
+    start = time.process_time()
+    parse_infotext(unit * (90_000 // len(unit)))
+    assert time.process_time() - start < 2
 
 
 @given(st.text(max_size=200))
@@ -209,7 +219,7 @@ def test_any_text_parses(text: str) -> None:
     assert isinstance(parse_infotext(text), dict)
 
 
-# --- files --------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -365,7 +375,7 @@ def test_a_full_disk_leaves_the_old_picture(
 
         monkeypatch.setattr(images, "_write_and_sync", half)
     else:
-        monkeypatch.setattr(images.os, step, full)
+        monkeypatch.setattr(os, step, full)
     with pytest.raises(UserError, match="cannot write .*a.png.*No space left on device"):
         save_picture(picture(), path, {"seed": 2}, overwrite=True)
     assert os.listdir(tmp_path) == ["a.png"]

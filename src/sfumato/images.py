@@ -39,7 +39,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from sfumato.errors import UserError, nearest
@@ -60,7 +60,7 @@ class PictureError(RuntimeError):
     """A model's result cannot be shown as a picture; the message says what is wrong with it."""
 
 
-# --- tensors and pictures -----------------------------------------------------------------------------------
+# --- tensors and pictures ---------------------------------------------------------------------------------
 
 
 def to_pil(x: Tensor) -> list[Image.Image]:
@@ -186,7 +186,7 @@ def _enlarged(image: Image.Image, scale: int) -> Image.Image:
 
 
 def _wrapped(label: str, font: Font, width: int, lines: int = 3) -> str:
-    """Break a label so that each line is at most `width` pixels wide, and cut what `lines` lines cannot hold."""
+    """Break a label into lines at most `width` pixels wide, and cut what `lines` lines cannot hold."""
     done: list[str] = []
     rest = " ".join(label.split())
     while rest and len(done) < lines:
@@ -203,7 +203,7 @@ def _wrapped(label: str, font: Font, width: int, lines: int = 3) -> str:
     return "\n".join(done)
 
 
-# --- settings as text ---------------------------------------------------------------------------------------
+# --- settings as text -------------------------------------------------------------------------------------
 
 _LABELS = {
     "steps": "Steps",
@@ -219,8 +219,8 @@ _LABELS = {
 _TYPES: dict[str, type] = {"steps": int, "guidance": float, "seed": int, "strength": float}
 _KEYS = {label: key for key, label in _LABELS.items()}
 _NEGATIVE = "Negative prompt:"
-_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
-_LONGEST_LINE = 20_000  # matching takes quadratic time on a line without a colon
+_PAIR = re.compile(r'(\w[\w \-/]{1,100}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  # bounded names: linear time
+_LONGEST_LINE = 100_000
 
 
 def infotext(settings: Settings) -> str:
@@ -231,8 +231,8 @@ def infotext(settings: Settings) -> str:
 
     Args:
         settings: read here are `prompt`, `negative`, `steps`, `sampler`, `schedule`, `guidance`, `seed`,
-            `width`, `height`, `model_hash` (its first ten digits are written), `model`, `strength` and `other`
-            (a dict of further names and values). A key that is missing, None or empty is left out.
+            `width`, `height`, `model_hash` (its first ten digits are written), `model`, `strength` and
+            `other` (a dict of further names and values). What is missing, None or empty is left out.
     """
     values = {key: settings.get(key) for key in _LABELS}
     if settings.get("width") is not None and settings.get("height") is not None:
@@ -254,7 +254,7 @@ def parse_infotext(text: str) -> dict[str, Any]:
     `other`; the program's own name is under `version`. Nothing is filled in that the text does not say.
 
     Raises:
-        UserError: the last line is longer than 20,000 characters.
+        UserError: the last line is longer than 100,000 characters.
     """
     *lines, last = text.strip().split("\n")
     if len(last) > _LONGEST_LINE:
@@ -330,7 +330,7 @@ def _settings_from_json(text: str) -> dict[str, Any] | None:
     return settings if isinstance(settings, dict) else None
 
 
-# --- files --------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------
 
 
 def with_settings(image: Image.Image, settings: Settings) -> Image.Image:
@@ -493,7 +493,7 @@ def read_settings(file: str | os.PathLike[str] | IO[bytes]) -> dict[str, Any] | 
                 described, text = _picture_texts(image)
     except FileNotFoundError as error:
         raise UserError(f"there is no picture {name}") from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise UserError(f"{name} is not a PNG, JPEG or WebP picture") from error
     except _UNREADABLE as error:
         raise UserError(f"cannot read {name}: {error}") from error

@@ -8,7 +8,6 @@ from functools import partial
 
 import pytest
 import torch
-from diffusion_cases import SCHEDULES
 
 from sfumato.diffusion.grid import (
     GRIDS,
@@ -26,6 +25,8 @@ from sfumato.diffusion.level import CLEAN
 from sfumato.diffusion.posterior import transition
 from sfumato.diffusion.schedule import Schedule, TableSchedule, linear_alpha_bar
 from sfumato.errors import UserError
+
+from .diffusion_cases import SCHEDULES
 
 LINEAR, SD = SCHEDULES["linear"], SCHEDULES["scaled_linear"]
 

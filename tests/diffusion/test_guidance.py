@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from diffusion_cases import PARAMETERIZATIONS, SCHEDULES
 from torch import Tensor, nn
 
 from sfumato.condition import Condition
@@ -15,6 +14,8 @@ from sfumato.diffusion.denoiser import TIME_1000, Denoiser, Prediction, edm_prec
 from sfumato.diffusion.guidance import classifier_free, clip_x0, dynamic_threshold, unguided
 from sfumato.diffusion.level import CLEAN, NoiseLevel
 from sfumato.diffusion.parameterization import EPS, Parameterization, V
+
+from .diffusion_cases import PARAMETERIZATIONS, SCHEDULES
 
 LINEAR = SCHEDULES["linear"]
 LEVEL = LINEAR.level(400)

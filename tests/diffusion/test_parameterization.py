@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from diffusion_cases import PARAMETERIZATIONS, SCHEDULES, normals, schedules, time
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +14,8 @@ from sfumato.diffusion.level import CLEAN, NoiseLevel
 from sfumato.diffusion.parameterization import EPS, FLOW, X0, Parameterization, V, edm, parameterization
 from sfumato.diffusion.schedule import Schedule
 from sfumato.errors import UserError
+
+from .diffusion_cases import PARAMETERIZATIONS, SCHEDULES, normals, schedules, time
 
 each = pytest.mark.parametrize("kind", PARAMETERIZATIONS.values(), ids=PARAMETERIZATIONS.keys())
 kinds = st.sampled_from(sorted(PARAMETERIZATIONS)).map(PARAMETERIZATIONS.__getitem__)

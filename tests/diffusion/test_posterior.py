@@ -7,7 +7,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from diffusion_cases import SCHEDULES, TABLES, normals, schedules, time
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
@@ -17,6 +16,8 @@ from sfumato.diffusion.denoiser import Prediction
 from sfumato.diffusion.level import CLEAN, NoiseLevel
 from sfumato.diffusion.posterior import learned_log_variance, renoise, transition
 from sfumato.diffusion.schedule import Schedule
+
+from .diffusion_cases import SCHEDULES, TABLES, normals, schedules, time
 
 fractions = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusion_cases import SCHEDULES
 from torch import Tensor
 
 from sfumato.diffusion.analytic import EmpiricalData, GaussianData, MixtureData
@@ -17,6 +16,8 @@ from sfumato.diffusion.sample import sample, start
 from sfumato.diffusion.solvers import SOLVERS, Ancestral, Churn, Euler, Heun, Solver, solver
 from sfumato.errors import UserError
 from sfumato.random import NoiseSource
+
+from .diffusion_cases import SCHEDULES
 
 LINEAR = SCHEDULES["linear"]
 DATA = GaussianData(torch.full((2,), 0.5), 0.09)
@@ -205,7 +206,7 @@ def test_climbing_inverts(method: Solver, name: str) -> None:
 
     coarse, fine = lost(200), lost(400)
     assert fine < (0.1 if method.order == 1 else 1e-3)
-    assert fine < coarse / 2 ** (method.order - 0.15)
+    assert fine < coarse / 2 ** (method.order - 0.25)
 
 
 def test_deterministic_solvers_draw_nothing() -> None:
@@ -229,7 +230,7 @@ def test_eta_one_is_ancestral_with_the_small_variance() -> None:
         x = source(3).draw()
         for now, nxt in zip(levels := trailing(schedule, 12), levels[1:], strict=False):
             found = [
-                method.step(lambda x, level: MIXTURE(x, level), x, now, nxt, method.init(schedule, levels), source(9))[0]
+                method.step(MIXTURE, x, now, nxt, method.init(schedule, levels), source(9))[0]
                 for method in (Euler(eta=1.0), Ancestral())
             ]
             assert torch.allclose(*found, rtol=1e-10, atol=1e-12), name

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from diffusion_cases import SCHEDULES, TABLES, schedules, time
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,6 +22,8 @@ from sfumato.diffusion.schedule import (
     scaled_linear_alpha_bar,
     sigmoid_alpha_bar,
 )
+
+from .diffusion_cases import SCHEDULES, TABLES, schedules, time
 
 unit = st.floats(0, 1)
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())

@@ -27,7 +27,10 @@ from sfumato.condition import Condition
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.level import NoiseLevel
 from sfumato.diffusion.likelihood import bound_term
-from sfumato.errors import UserError
+from sfumato.errors import UserError, raise_unknown
+
+LOSSES = ("l2", "l1", "huber")
+WEIGHTINGS = ("uniform", "p2", "min_snr")
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,9 @@ class Objective:
             network that learns its variance; the mean is detached there. 0 for none. Published value 0.001.
         continuous_data: the data are not 8-bit pictures: the bound's last term is a density.
         self_condition_rate: share of batches that see their own first estimate (a self-conditioned network).
+
+    Raises:
+        UserError: for an unknown loss or weighting, or a number outside its range.
     """
 
     loss: Literal["l2", "l1", "huber"] = "l2"
@@ -68,6 +74,19 @@ class Objective:
     vlb_weight: float = 0.0
     continuous_data: bool = False
     self_condition_rate: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise_unknown("loss", self.loss, LOSSES)
+        if self.weighting not in WEIGHTINGS:
+            raise_unknown("weighting", self.weighting, WEIGHTINGS)
+        for name in ("huber_delta", "min_snr_gamma"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"objective.{name} must be positive, got {getattr(self, name)}")
+        if self.vlb_weight < 0:
+            raise UserError(f"objective.vlb_weight must not be negative, got {self.vlb_weight}")
+        if not 0 <= self.self_condition_rate <= 1:
+            raise UserError(f"objective.self_condition_rate must lie in [0, 1], got {self.self_condition_rate}")
 
     def check(self, denoiser: Denoiser) -> None:
         """Refuse what cannot work together. Raises `UserError`."""

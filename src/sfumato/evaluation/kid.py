@@ -1,9 +1,10 @@
 """Distances between two sets of pictures, by way of their features.
 
-KID (Bińkowski et al. 2018, arXiv:1801.01401) is the squared maximum mean discrepancy under a cubic kernel, with an
-estimator that has no bias at any number of pictures; two samples of one distribution give 0 on average, at times
-a little below. The Fréchet distance (Heusel et al. 2017, arXiv:1706.08500) compares means and covariances and is
-biased upwards for few pictures, the more so the more features there are. Nearest neighbours show copies.
+KID (Bińkowski et al. 2018, arXiv:1801.01401) is the squared maximum mean discrepancy under a cubic kernel,
+with an estimator that has no bias at any number of pictures; two samples of one distribution give 0 on
+average, at times a little below. The Fréchet distance (Heusel et al. 2017, arXiv:1706.08500) compares means
+and covariances and is biased upwards for few pictures, the more so the more features there are. Nearest
+neighbours show copies.
 
 >>> import torch
 >>> a, b = torch.randn(2, 400, 4, generator=torch.Generator().manual_seed(0)).unbind()
@@ -26,6 +27,8 @@ from torch import Tensor
 from sfumato.errors import UserError
 
 _ROWS = 1024  # of a kernel matrix held at once
+_SUBSET = 1000  # pictures in a subset, by default
+_ENOUGH = 5 * _SUBSET  # with fewer pictures the subsets overlap so much that their spread misleads
 
 
 def kid(
@@ -39,14 +42,16 @@ def kid(
 ) -> tuple[float, float]:
     """Kernel distance of two sets: unbiased MMD² with `k(x, y) = (x·y/D + 1)^degree`, in float64.
 
-    `MMD² = mean_{i≠j} k(a_i, a_j) + mean_{i≠j} k(b_i, b_j) - 2 mean_{i,j} k(a_i, b_j)` (Bińkowski et al. 2018,
-    section 4, the unbiased estimator of Gretton et al. 2012, eq. 3). Usually quoted times 1,000.
+    `MMD² = mean_{i≠j} k(a_i, a_j) + mean_{i≠j} k(b_i, b_j) - 2 mean_{i,j} k(a_i, b_j)` (Bińkowski et al.
+    2018, section 4, the unbiased estimator of Gretton et al. 2012, eq. 3). Usually quoted times 1,000.
 
-    With `subset_size`, or where both sets have 1,000 pictures or more (the size is then 1,000), the result is the
-    mean over `subsets` pairs of random subsets, drawn without replacement, and the standard deviation over them.
-    Otherwise all pictures enter at once, which wastes none, and the standard deviation is that of `subsets`
-    bootstrap resamplings of both sets in which a picture is never compared with itself. It is cautious: too large
-    where the distance is near 0. Note that the first deviation is of one subset, the second of the whole result.
+    With `subset_size`, or where both sets have 5,000 pictures or more (the size is then 1,000), the result
+    is the mean over `subsets` pairs of random subsets, drawn without replacement, and the standard deviation
+    over them. Otherwise all pictures enter at once, which wastes none, and the standard deviation is that of
+    `subsets` bootstrap resamplings of both sets in which a picture is never compared with itself. It is
+    cautious: too large where the distance is near 0. The first deviation is that of one subset and means
+    little where a subset is a large part of its set; the second is that of the result. Both ways estimate
+    the same number.
 
     Args:
         features_a: (N, D), N at least 2.
@@ -65,16 +70,16 @@ def kid(
     a, b = _checked(features_a, features_b, least=2)
     smaller = min(len(a), len(b))
     if subsets < 2 or degree < 1:
-        raise UserError(f"kid needs subsets of at least 2 and a degree of at least 1; got {subsets} and {degree}")
+        raise UserError(f"kid needs at least 2 subsets and a degree of at least 1; got {subsets}, {degree}")
     if subset_size is not None and not 2 <= subset_size <= smaller:
         raise UserError(f"kid's subset_size must be from 2 to {smaller}, the smaller set; got {subset_size}")
     generator = torch.Generator().manual_seed(seed)
-    if subset_size is None and smaller < 1000:
+    if subset_size is None and smaller < _ENOUGH:
         return _bootstrapped(a, b, subsets, degree, generator)
-    size = 1000 if subset_size is None else subset_size
-    values = torch.stack([
-        _mmd2(_subset(a, size, generator), _subset(b, size, generator), degree) for _ in range(subsets)
-    ])
+    size = _SUBSET if subset_size is None else subset_size
+    values = torch.stack(
+        [_mmd2(_subset(a, size, generator), _subset(b, size, generator), degree) for _ in range(subsets)]
+    )
     return float(values.mean()), float(values.std())
 
 
@@ -105,7 +110,7 @@ def _counts(features: Tensor, resamplings: int, generator: torch.Generator) -> T
 
 
 def _weighted_mmd2(a: Tensor, b: Tensor, weights_a: Tensor, weights_b: Tensor, degree: int) -> Tensor:
-    """MMD² for R weightings of the pictures, (R,); weights are (R, N) and (R, M), all 1 for the plain estimate."""
+    """MMD² for R weightings of the pictures, (R,); weights (R, N) and (R, M), 1 for the plain estimate."""
     within_a = _kernel_mean(a, a, weights_a, weights_a, degree, distinct=True)
     within_b = _kernel_mean(b, b, weights_b, weights_b, degree, distinct=True)
     return within_a + within_b - 2 * _kernel_mean(a, b, weights_a, weights_b, degree, distinct=False)
@@ -129,7 +134,7 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
 
     Args:
         features_a: (N, D), N at least 2.
-        features_b: (M, D), M at least 2. With fewer pictures than about ten times D the bias outweighs the rest.
+        features_b: (M, D), M at least 2. With fewer than about ten pictures per feature, bias is large.
 
     Returns:
         The distance, at least 0 up to rounding, in float64.
@@ -179,7 +184,7 @@ def nearest_neighbours(query: Tensor, bank: Tensor, count: int = 1) -> tuple[Ten
 
 
 def _nearest(query: Tensor, bank: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Rank by `|b|² - 2 q·b`; the few that are kept are then measured directly, which keeps equal pictures at 0."""
+    """Rank by `|b|² - 2 q·b`, then measure the few that are kept directly: equal pictures are at 0."""
     indices = (bank.square().sum(1) - 2 * query @ bank.T).topk(count, largest=False).indices
     distances = (query[:, None] - bank[indices]).square().sum(-1).sqrt()
     distances, order = distances.sort(dim=1, stable=True)

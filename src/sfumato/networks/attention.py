@@ -1,8 +1,9 @@
 """Attention with three separate seams: kernel, semantics and weights.
 
-The *kernel* computes softmax(QK')V and is chosen once per process (`set_attention_kernel`). The *semantics* are a processor,
-`processor(attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, **kwargs)`, the contract that
-the field knows: `Attention` offers every attribute that a foreign processor reads. The *weights* are plain linear layers.
+The *kernel* computes softmax(QK')V and is chosen once per process (`set_attention_kernel`). The *semantics*
+are a processor, `processor(attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None,
+**kwargs)`, the contract that the field knows: `Attention` offers every attribute that a foreign processor
+reads. The *weights* are plain linear layers.
 
 >>> attn = Attention(32, heads=4, head_dim=8)
 >>> attn(torch.zeros(1, 6, 32)).shape
@@ -19,8 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfumato.errors import UserError, nearest, raise_unknown
+
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
-"""`(q, k, v, mask, scale) -> out`, q (B, heads, L, D), k and v (B, heads, S, D), additive or boolean mask or None."""
+"""`(q, k, v, mask, scale) -> out`: q (B, heads, L, D), k, v (B, heads, S, D), mask additive, bool or None."""
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -28,6 +31,17 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
+def math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """The equation as written, all scores in memory: the reference for other kernels."""
+    scores = scale * (q @ k.transpose(-1, -2))
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    elif mask is not None:
+        scores = scores + mask
+    return scores.softmax(dim=-1) @ v
+
+
+KERNELS: dict[str, Kernel] = {"sdpa": sdpa, "math": math}
 _kernel: Kernel = sdpa
 
 
@@ -36,9 +50,16 @@ def attention_kernel() -> Kernel:
     return _kernel
 
 
-def set_attention_kernel(kernel: Kernel) -> Kernel:
-    """Use another kernel from now on. Returns the one before."""
+def set_attention_kernel(kernel: str | Kernel) -> Kernel:
+    """Use another kernel, a name in `KERNELS` or a function, from now on. Returns the one before.
+
+    Raises `UserError` for an unknown name.
+    """
     global _kernel
+    if isinstance(kernel, str):
+        if kernel not in KERNELS:
+            raise_unknown("attention kernel", kernel, KERNELS)
+        kernel = KERNELS[kernel]
     before, _kernel = _kernel, kernel
     return before
 
@@ -53,8 +74,9 @@ class AttnProcessor(nn.Module):
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
+        **kwargs: Any,
     ) -> Tensor:
-        """(B, L, C) or (B, C, H, W) -> the same shape."""
+        """(B, L, C) or (B, C, H, W) -> the same shape; `kwargs` are meant for other processors."""
         residual, shape = hidden_states, hidden_states.shape
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
@@ -72,13 +94,14 @@ class AttnProcessor(nn.Module):
         mask = None
         if attention_mask is not None:
             prepared = attn.prepare_attention_mask(attention_mask, context.shape[1], len(x))
-            mask = cast(Tensor, prepared).view(len(x), attn.heads, -1, prepared.shape[-1]).to(q.dtype)
+            mask = cast(Tensor, prepared).view(len(x), attn.heads, -1, prepared.shape[-1])
+            mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
         out = attention_kernel()(q, k, v, mask, attn.scale).transpose(1, 2).flatten(2)
         out = attn.to_out[1](attn.to_out[0](out))
         if len(shape) == 4:
             out = out.transpose(1, 2).reshape(shape)
         if attn.residual_connection:
-            out = out + residual
+            out = residual + out
         return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
 
 
@@ -110,6 +133,8 @@ class Attention(nn.Module):
         processor: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        if heads < 1:
+            raise UserError(f"attention over {dim} channels with heads of width {head_dim} has no head")
         inner = heads * head_dim
         self.heads, self.inner_dim, self.scale = heads, inner, head_dim**-0.5
         self.residual_connection, self.rescale_output_factor = residual, rescale_output_factor
@@ -136,9 +161,10 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Run the processor. Keyword arguments that its signature does not name are not passed on."""
         if kwargs:
-            call = (
-                self.processor.forward if isinstance(self.processor, nn.Module) else self.processor.__call__
+            plain = (
+                isinstance(self.processor, nn.Module) and type(self.processor).__call__ is nn.Module.__call__
             )
+            call = self.processor.forward if plain else self.processor
             parameters = inspect.signature(call).parameters
             if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
                 kwargs = {name: value for name, value in kwargs.items() if name in parameters}
@@ -178,22 +204,30 @@ class Attention(nn.Module):
         self, query: Tensor, key: Tensor, attention_mask: Tensor | None = None
     ) -> Tensor:
         """`softmax(scale Q K' + mask)` over (B * heads, L, D) and (B * heads, S, D) -> (B * heads, L, S)."""
-        scores = torch.bmm(query, key.transpose(1, 2)) * self.scale
-        if attention_mask is not None:
+        dtype = query.dtype
+        if self.upcast_attention:
+            query, key = query.float(), key.float()
+        scores = torch.bmm(query * self.scale, key.transpose(1, 2))
+        if attention_mask is not None and attention_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attention_mask, float("-inf"))
+        elif attention_mask is not None:
             scores = scores + attention_mask
-        return scores.softmax(dim=-1).to(query.dtype)
+        return (scores.float() if self.upcast_softmax else scores).softmax(dim=-1).to(dtype)
 
     def prepare_attention_mask(
         self, attention_mask: Tensor | None, target_length: int, batch_size: int, out_dim: int = 3
     ) -> Any:
-        """Repeat an additive mask (B, 1, S) for each head: (B * heads, 1, S), or (B, heads, 1, S) for `out_dim` 4.
+        """Repeat an additive mask (B, 1, S) for each head: (B * heads, 1, S), or (B, heads, 1, S) for
+        `out_dim` 4.
 
-        A mask shorter than `target_length` is continued with zeros (keys that are never masked).
+        A mask of another length than `target_length` covers leading keys only: `target_length` keys that are
+        never masked follow (what processors that put text before pixels rely on).
         """
         if attention_mask is None:
             return None
-        if attention_mask.shape[-1] < target_length:
-            attention_mask = F.pad(attention_mask, (0, target_length - attention_mask.shape[-1]))
+        if attention_mask.shape[-1] != target_length:
+            unmasked = 1 if attention_mask.dtype == torch.bool else 0
+            attention_mask = F.pad(attention_mask, (0, target_length), value=unmasked)
         if out_dim == 4:
             return attention_mask[:, None].repeat_interleave(self.heads, dim=1)
         if len(attention_mask) < batch_size * self.heads:
@@ -203,7 +237,7 @@ class Attention(nn.Module):
     def norm_encoder_hidden_states(self, encoder_hidden_states: Tensor) -> Tensor:
         """Apply `norm_cross` to what is attended to, (B, S, C)."""
         if self.norm_cross is None:
-            raise ValueError("this attention has no norm_cross")
+            raise UserError("this attention has no norm_cross")
         if isinstance(self.norm_cross, nn.GroupNorm):
             return cast(Tensor, self.norm_cross(encoder_hidden_states.transpose(1, 2)).transpose(1, 2))
         return cast(Tensor, self.norm_cross(encoder_hidden_states))
@@ -226,14 +260,16 @@ class AttentionHost(nn.Module):
         """Set one processor for every attention, or a dict with exactly the keys of `attn_processors`.
 
         Raises:
-            ValueError: when the dict's keys differ; nothing is changed then.
+            UserError: when the dict's keys differ or a value is not callable; nothing is changed then.
         """
         places = {f"{name}.processor": a for name, a in self.named_modules() if isinstance(a, Attention)}
         chosen = processor if isinstance(processor, Mapping) else dict.fromkeys(places, processor)
         if set(chosen) != set(places):
-            odd = sorted(set(chosen) ^ set(places))
-            raise ValueError(
-                f"expected the {len(places)} processors of attn_processors; {len(odd)} differ: {', '.join(odd[:3])}"
-            )
+            odd = next(iter([k for k in chosen if k not in places] or [k for k in places if k not in chosen]))
+            what = "missing" if odd in places else f"unknown{nearest(odd, places)}"
+            raise UserError(f"expected exactly the {len(places)} names of attn_processors; {odd!r} is {what}")
+        for name, one in chosen.items():
+            if not callable(one):
+                raise UserError(f"the processor for {name!r} must be callable, got {type(one).__name__}")
         for name, attention in places.items():
             attention.set_processor(chosen[name])

@@ -1,7 +1,7 @@
 """Embeddings of the noise level: sinusoids, Fourier features and the little network behind them.
 
 >>> [round(v, 4) for v in sinusoidal(torch.tensor([10.0]), 8)[0, :4].tolist()]
-[-0.8391, 0.5403, 0.995, 1.0]
+[-0.8391, 0.5403, 0.995, 0.9999]
 """
 
 from __future__ import annotations
@@ -48,17 +48,16 @@ class Timesteps(nn.Module):
 
 
 class GaussianFourierProjection(nn.Module):
-    """Random Fourier features of log time (Song 2021, NCSN++): (B,) -> (B, 2 dim), [cos, sin] when flipped."""
+    """Random Fourier features of log time (Song 2021, NCSN++): (B,) -> (B, 2 dim), [sin, cos] as stored
+    networks expect."""
 
-    def __init__(self, dim: int, scale: float = 16.0, flip_sin_to_cos: bool = True) -> None:
+    def __init__(self, dim: int, scale: float = 16.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim).normal_() * scale, requires_grad=False)
-        self.flip_sin_to_cos = flip_sin_to_cos
 
     def forward(self, t: Tensor) -> Tensor:
         angles = torch.log(t.float())[:, None] * self.weight[None, :].float() * (2 * math.pi)
-        first, second = (torch.cos, torch.sin) if self.flip_sin_to_cos else (torch.sin, torch.cos)
-        return torch.cat([first(angles), second(angles)], dim=-1)
+        return torch.cat([torch.sin(angles), torch.cos(angles)], dim=-1)
 
 
 class TimestepEmbedding(nn.Module):

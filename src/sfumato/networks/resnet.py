@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.errors import raise_unknown
+from sfumato.errors import UserError, raise_unknown
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -109,8 +109,10 @@ class ResnetBlock2D(nn.Module):
         if self.resample is not None:
             x, hidden = self.resample(x), self.resample(hidden)
         hidden = self.conv1(hidden)
-        if self.time_emb_proj is None or emb is None:
+        if self.time_emb_proj is None:
             hidden = self.norm2(hidden)
+        elif emb is None:
+            raise UserError("this residual block is conditioned on a time embedding, got None")
         else:
             shift = self.time_emb_proj(self.act(emb))[:, :, None, None]
             if self.scale_shift:

@@ -2,7 +2,8 @@
 
 A checkpoint of that class loads by the identity map, and ours load there.
 
->>> config = UNet2DConfig(block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+>>> level = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "block_out_channels": [32]}
+>>> config = UNet2DConfig.from_dict(level)
 >>> UNet2DModel(config)(torch.zeros(2, 3, 8, 8), torch.tensor([5, 10])).shape
 torch.Size([2, 3, 8, 8])
 """
@@ -20,16 +21,24 @@ from torch import Tensor, nn
 from sfumato.errors import UserError, raise_unknown
 from sfumato.networks.attention import Attention, AttentionHost
 from sfumato.networks.embeddings import GaussianFourierProjection, TimestepEmbedding, Timesteps
-from sfumato.networks.resnet import ResnetBlock2D
-from sfumato.networks.unet_blocks import BlockStyle, UNetMidBlock2D, _Stack, down_block, up_block
+from sfumato.networks.resnet import ACTIVATIONS, ResnetBlock2D
+from sfumato.networks.unet_blocks import (
+    DOWN_BLOCKS,
+    UP_BLOCKS,
+    BlockStyle,
+    UNetBlock,
+    UNetMidBlock2D,
+    down_block,
+    up_block,
+)
 
 
 @dataclass(frozen=True)
 class UNet2DConfig:
     """diffusers' fields of `UNet2DModel`, with its meanings and defaults.
 
-    `attention_head_dim` is the width of a head here (None: one head). `center_input_sample` maps [0, 1] to [-1, 1]
-    inside. `time_embedding_type` is positional, fourier or learned.
+    `attention_head_dim` is the width of a head here (None: one head). `center_input_sample` maps [0, 1] to
+    [-1, 1] inside. `time_embedding_type` is positional, fourier or learned.
     """
 
     sample_size: int | tuple[int, int] | None = None
@@ -70,8 +79,9 @@ class UNet2DConfig:
         levels = {len(self.block_out_channels), len(self.down_block_types), len(self.up_block_types)}
         if len(levels) != 1 or 0 in levels:
             raise UserError(
-                "block_out_channels, down_block_types and up_block_types must have the same number of levels, got "
-                f"{len(self.block_out_channels)}, {len(self.down_block_types)} and {len(self.up_block_types)}"
+                "block_out_channels, down_block_types and up_block_types must have equally many levels, "
+                f"got {len(self.block_out_channels)}, {len(self.down_block_types)} "
+                f"and {len(self.up_block_types)}"
             )
         for name, known in (
             ("time_embedding_type", ("positional", "fourier", "learned")),
@@ -80,27 +90,46 @@ class UNet2DConfig:
             ("upsample_type", ("conv", "resnet")),
             ("class_embed_type", (None, "timestep", "identity")),
             ("mid_block_type", (None, "UNetMidBlock2D")),
+            ("act_fn", tuple(ACTIVATIONS)),
         ):
             if getattr(self, name) not in known:
                 raise_unknown(name, str(getattr(self, name)), [str(k) for k in known])
+        for field, blocks in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
+            for kind in getattr(self, field):
+                if kind not in blocks:
+                    raise_unknown(f"entry in {field}", kind, blocks)
+        if self.layers_per_block < 1:
+            raise UserError(f"layers_per_block must be 1 or more, got {self.layers_per_block}")
+        if self.attn_norm_num_groups and self.block_out_channels[-1] % self.attn_norm_num_groups:
+            raise UserError(
+                f"the innermost block_out_channels {self.block_out_channels[-1]} is not a multiple of "
+                f"attn_norm_num_groups {self.attn_norm_num_groups}"
+            )
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise UserError(
-                    f"block_out_channels {channels} is not a multiple of norm_num_groups {self.norm_num_groups}"
+                    f"block_out_channels {channels} is not a multiple of "
+                    f"norm_num_groups {self.norm_num_groups}"
                 )
         if self.time_embedding_type == "learned" and not self.num_train_timesteps:
             raise UserError("time_embedding_type 'learned' needs num_train_timesteps")
+        if self.class_embed_type is not None and self.num_class_embeds is not None:
+            raise UserError(
+                f"class_embed_type {self.class_embed_type!r} has no table, so num_class_embeds must be None, "
+                f"got {self.num_class_embeds}"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> UNet2DConfig:
         """From JSON: keys that begin with "_" are notes; an unknown key is refused with the nearest name."""
         known = [f.name for f in fields(cls)]
-        given = {key: value for key, value in values.items() if not key.startswith("_")}
+        given: dict[str, Any] = {key: value for key, value in values.items() if not key.startswith("_")}
         for key in given:
             if key not in known:
                 raise_unknown("network key", key, known)
         try:
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+            chosen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+            return cls(**chosen)
         except TypeError as error:
             raise UserError(f"the network's config has a value of the wrong type ({error})") from None
 
@@ -112,7 +141,8 @@ class UNet2DConfig:
 class UNet2DModel(AttentionHost):
     """A UNet over pictures, told the time and optionally a class.
 
-    Registration order is the ecosystem's: conv_in, time and class embeddings, down_blocks, up_blocks, mid_block.
+    Registration order is the ecosystem's: conv_in, time and class embeddings, down_blocks, up_blocks,
+    mid_block.
     """
 
     def __init__(self, config: UNet2DConfig) -> None:
@@ -171,14 +201,15 @@ class UNet2DModel(AttentionHost):
         Returns:
             (B, out_channels, H, W).
         """
-        self._check(x, labels)
-        times = torch.as_tensor(t, device=x.device).expand(len(x))
+        times = torch.as_tensor(t, device=x.device)
+        self._check(x, times, labels)
+        times = times.expand(len(x))
         emb = self.time_embedding(self.time_proj(times).to(x.dtype))
         if labels is not None and self.class_embedding is not None:
             classes = (
                 self.time_proj(labels).to(x.dtype) if self.config.class_embed_type == "timestep" else labels
             )
-            emb = emb + self.class_embedding(classes).to(x.dtype)
+            emb = emb + self._embed_classes(classes).to(x.dtype)
         if self.config.center_input_sample:
             x = 2 * x - 1
         hidden = self.conv_in(x)
@@ -195,20 +226,39 @@ class UNet2DModel(AttentionHost):
             hidden = hidden / times.to(hidden.dtype)[:, None, None, None]
         return hidden
 
+    def _embed_classes(self, classes: Tensor) -> Tensor:
+        assert self.class_embedding is not None
+        try:
+            embedded: Tensor = self.class_embedding(classes)
+        except IndexError:
+            raise UserError(
+                f"labels must lie in 0 to {(self.config.num_class_embeds or 0) - 1}, "
+                f"got {int(classes.min())} to {int(classes.max())}"
+            ) from None
+        return embedded
+
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
         for module in self.modules():
-            if isinstance(module, _Stack):
+            if isinstance(module, UNetBlock):
                 module.gradient_checkpointing = True
 
-    def _check(self, x: Tensor, labels: Tensor | None) -> None:
+    def _check(self, x: Tensor, times: Tensor, labels: Tensor | None) -> None:
+        if x.ndim != 4 or x.shape[1] != self.config.in_channels:
+            raise UserError(f"x must be (B, {self.config.in_channels}, H, W), got {tuple(x.shape)}")
+        if times.shape not in ((), (1,), (len(x),)):
+            raise UserError(f"t must be () or ({len(x)},), got {tuple(times.shape)}")
         factor = 2 ** (len(self.config.block_out_channels) - 1)
         if x.shape[-2] % factor or x.shape[-1] % factor:
             raise UserError(
                 f"height and width must be multiples of {factor}, got {x.shape[-2]} x {x.shape[-1]}"
             )
-        if (labels is None) != (self.class_embedding is None):
-            raise ValueError("a class-conditional network needs labels, and an unconditional one takes none")
+        if labels is None and self.class_embedding is not None:
+            raise UserError("this network is class-conditional: it needs labels, got None")
+        if labels is not None and self.class_embedding is None:
+            raise UserError("this network is not class-conditional: it takes no labels")
+        if labels is not None and len(labels) != len(x):
+            raise UserError(f"labels must be one per picture ({len(x)}), got {tuple(labels.shape)}")
 
 
 def _time_projection(c: UNet2DConfig) -> tuple[nn.Module, int]:
@@ -229,14 +279,18 @@ def _class_embedding(c: UNet2DConfig, time_width: int, time_dim: int) -> nn.Modu
 
 
 def init_zero_outputs(network: nn.Module) -> None:
-    """Start every residual branch at zero: the last convolution of each block, attention outputs and `conv_out`.
+    """Start every residual branch at zero: the last convolution of each block, attention outputs and
+    `conv_out`.
 
-    DDPM's and ADM's initialisation (Ho 2020, appendix B; Dhariwal 2021): the network begins as the identity of its skips.
+    DDPM's and ADM's initialisation (Ho 2020, appendix B; Dhariwal 2021): the network begins as the identity
+    of its skips.
     """
+    ends: list[Any] = [getattr(network, "conv_out", None)]
     for module in network.modules():
         if isinstance(module, ResnetBlock2D):
-            nn.init.zeros_(module.conv2.weight)
+            ends.append(module.conv2)
         elif isinstance(module, Attention):
-            nn.init.zeros_(module.to_out[0].weight)  # type: ignore[arg-type]
-    if isinstance(network, UNet2DModel):
-        nn.init.zeros_(network.conv_out.weight)
+            ends.append(module.to_out[0])
+    for end in ends:
+        for parameter in end.parameters() if end is not None else ():
+            nn.init.zeros_(parameter)

@@ -1,4 +1,5 @@
-"""The levels of a UNet: stacks of residual blocks with attention and resampling, under the ecosystem's block names.
+"""The levels of a UNet: stacks of residual blocks with attention and resampling, under the ecosystem's block
+names.
 
 >>> sorted(DOWN_BLOCKS)
 ['AttnDownBlock2D', 'DownBlock2D', 'ResnetDownsampleBlock2D']
@@ -62,7 +63,7 @@ class BlockStyle:
         )
 
 
-class _Stack(nn.Module):
+class UNetBlock(nn.Module):
     """Residual blocks, each followed by its attention where there is one."""
 
     gradient_checkpointing = False
@@ -75,7 +76,7 @@ class _Stack(nn.Module):
 
     def layer(self, index: int, x: Tensor, emb: Tensor) -> Tensor:
         """The `index`-th residual block and its attention."""
-        if self.gradient_checkpointing and self.training:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
             out: Tensor = checkpoint(self._layer, index, x, emb, use_reentrant=False)
             return out
         return self._layer(index, x, emb)
@@ -85,7 +86,7 @@ class _Stack(nn.Module):
         return self.attentions[index](x) if "attentions" in self._modules else x
 
 
-class DownBlock(_Stack):
+class DownBlock(UNetBlock):
     """A level on the way down: `layers` residual blocks, then halving unless it is the last level.
 
     Args:
@@ -125,8 +126,9 @@ class DownBlock(_Stack):
         return x, skips
 
 
-class UpBlock(_Stack):
-    """A level on the way up: each residual block takes one skip feature; then doubling unless it is the first level.
+class UpBlock(UNetBlock):
+    """A level on the way up: each residual block takes one skip feature; then doubling unless it is the first
+    level.
 
     Args:
         skip_channels: of the skips, one per layer, in the order they are used.
@@ -164,7 +166,7 @@ class UpBlock(_Stack):
         return x
 
 
-class UNetMidBlock2D(_Stack):
+class UNetMidBlock2D(UNetBlock):
     """The innermost level: residual block, attention, residual block."""
 
     def __init__(

@@ -1,0 +1,62 @@
+"""Systems: what a stored config means, and how its parts are put together. One file each.
+
+>>> sorted(SYSTEMS)
+['ddpm']
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sfumato.checkpoints.formats import diffusers
+from sfumato.checkpoints.io import check_is_file, read_model
+from sfumato.errors import ModelFileError, raise_unknown
+from sfumato.systems.config import parse
+from sfumato.systems.ddpm import DDPM, DDPMConfig, config_from_diffusers
+
+SYSTEMS = {"ddpm": (DDPMConfig, DDPM)}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model read from disk: the system, where it came from and the SHA-256 of its weights."""
+
+    system: DDPM
+    path: Path
+    sha256: str
+
+
+def open_system(path: str | Path) -> Opened:
+    """Open a model file, or a folder in diffusers' layout.
+
+    Raises:
+        ModelFileError: missing, empty, damaged, foreign, or weights that do not fit the stored config.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path)
+    check_is_file(path)
+    file = read_model(path)
+    if file.config is None:
+        raise ModelFileError(f"{path} carries no Sfumato config, so what it is cannot be told")
+    name = file.config.get("system")
+    if name not in SYSTEMS:
+        raise_unknown(f"system in {path}", str(name), SYSTEMS)
+    config_type, system_type = SYSTEMS[name]
+    config = parse(config_type, file.config, str(path))
+    return Opened(system_type.load(config, file.tensors, what=str(path)), path, file.sha256)
+
+
+def _open_folder(folder: Path) -> Opened:
+    if not diffusers.is_pipeline(folder):
+        contents = "is empty" if not any(folder.iterdir()) else "holds no run, checkpoint or diffusers pipeline"
+        raise ModelFileError(f"{folder} {contents}; a model is a .safetensors file, a run or a pipeline folder")
+    index = diffusers.read_json(folder / diffusers.INDEX)
+    if index.get("_class_name") not in ("DDPMPipeline", "DDIMPipeline"):
+        raise ModelFileError(f"{folder} holds a {index.get('_class_name')}; DDPMPipeline and DDIMPipeline can be opened")
+    unet = diffusers.read_component(folder / "unet")
+    scheduler = diffusers.read_json(folder / "scheduler" / "scheduler_config.json")
+    config = config_from_diffusers(unet.config, scheduler)
+    tensors = {f"network.{name}": tensor for name, tensor in unet.tensors.items()}
+    return Opened(DDPM.load(config, tensors, what=str(folder)), folder, unet.sha256)

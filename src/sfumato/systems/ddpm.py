@@ -170,3 +170,37 @@ def objective_from(values: Mapping[str, Any]) -> Objective:
         if key not in known:
             raise_unknown("objective key", key, known)
     return Objective(**values)
+
+
+def config_from_diffusers(unet: Mapping[str, Any], scheduler: Mapping[str, Any]) -> DDPMConfig:
+    """What a `DDPMPipeline` or `DDIMPipeline` folder means: the configs of its UNet and its scheduler.
+
+    Raises:
+        UserError: for a scheduler setting that has no counterpart here.
+    """
+    network = UNet2DConfig.from_dict(unet)
+    size = network.sample_size
+    if not isinstance(size, int) or network.in_channels not in (1, 3):
+        raise UserError("only square pixel-space models with 1 or 3 channels can be opened as DDPM")
+    predicts = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+    tables = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
+    prediction, table = scheduler.get("prediction_type", "epsilon"), scheduler.get("beta_schedule", "linear")
+    if prediction not in predicts or table not in tables or scheduler.get("trained_betas") is not None:
+        raise UserError(f"a scheduler with prediction_type {prediction!r} and beta_schedule {table!r} is not known here")
+    ends = {} if table == "squaredcos_cap_v2" else {"start": scheduler["beta_start"], "end": scheduler["beta_end"]}
+    learned = network.out_channels == 2 * network.in_channels
+    classes = network.num_class_embeds or 0
+    return DDPMConfig(
+        size=size,
+        channels=network.in_channels,  # type: ignore[arg-type]
+        labels=tuple(str(i) for i in range(classes - 1)),
+        network={k: v for k, v in network.to_dict().items() if k not in _DERIVED},
+        schedule=ScheduleConfig(
+            name=tables[table],  # type: ignore[arg-type]
+            steps=scheduler.get("num_train_timesteps", 1000),
+            zero_terminal_snr=scheduler.get("rescale_betas_zero_snr", False),
+            **ends,
+        ),
+        prediction=PredictionConfig(parameterization=predicts[prediction], learned_variance=learned),  # type: ignore[arg-type]
+        sampling=SamplingConfig(threshold="static" if scheduler.get("clip_sample", True) else "none"),
+    )

@@ -59,6 +59,7 @@ class TrainConfig(Strict):
         validation_pictures: at most so many are measured.
         channels_last: memory layout of the network, faster on CPUs and GPUs alike.
         gradient_checkpointing: less memory, about a third slower.
+        export: type of the finished model's weights.
     """
 
     steps: int = Field(default=20_000, ge=1)
@@ -76,10 +77,23 @@ class TrainConfig(Strict):
     validation_pictures: int = Field(default=1024, ge=1)
     channels_last: bool = True
     gradient_checkpointing: bool = False
+    export: Literal["float32", "bfloat16", "float16"] = "float32"
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EMAConfig = EMAConfig()
 
 
-RESUMABLE_CHANGES = ("train.steps", "train.log_every", "train.validate_every", "train.sample_every")
-RESUMABLE_CHANGES += ("train.save_every", "train.keep", "train.samples", "train.sample_steps", "data.path")
+RESUMABLE_CHANGES = (
+    "train.steps",
+    "train.log_every",
+    "train.validate_every",
+    "train.sample_every",
+    "train.save_every",
+    "train.keep",
+    "train.samples",
+    "train.sample_steps",
+    "train.export",
+    "data.path",
+    "data.cache_bytes",
+    "description",
+)
 """Settings that may differ between a run and its resumption; any other difference is another run."""

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sfumato.checkpoints.io import write_model
 from sfumato.diffusion.objective import Loss
 from sfumato.errors import UserError
 from sfumato.random import derived_seed
@@ -158,6 +159,11 @@ class Trainer:
     def resume(self, folder: Path) -> None:
         """Take over weights, averages, optimizer state and step of a checkpoint."""
         kept = checkpoints.load(folder)
+        if kept.state["pictures"] != len(self.task.data):
+            raise UserError(
+                f"the data have changed since {folder}: {kept.state['pictures']} pictures then, "
+                f"{len(self.task.data)} now; start a new run for them"
+            )
         self.task.network.load_state_dict(self.task.weights(dict(kept.tensors)))
         self.ema.load(self.task.weights(dict(kept.average)), kept.state["ema_updates"])
         checkpoints.restore_optimizer(self.optimizer, kept.optimizer)
@@ -291,7 +297,12 @@ class Trainer:
             return
         raw = dict(self.task.network.state_dict())
         average = raw | {n: t.to(raw[n].dtype) for n, t in self.ema.averages.items()}
-        state: dict[str, Any] = {"step": self.step, "ema_updates": self.ema.updates, "torch": torch.__version__}
+        state: dict[str, Any] = {
+            "step": self.step,
+            "ema_updates": self.ema.updates,
+            "pictures": len(self.task.data),
+            "torch": torch.__version__,
+        }
         if self.scaler.is_enabled():
             state["scaler"] = self.scaler.state_dict()
         checkpoints.save(
@@ -305,6 +316,15 @@ class Trainer:
             ),
             self.config.keep,
         )
+
+    def export(self) -> Path:
+        """Write the averaged weights as the run's finished model, `model.safetensors`."""
+        dtype = getattr(torch, self.config.export)
+        weights = dict(self.task.network.state_dict()) | self.ema.averages
+        cast = {n: t.to(dtype) if t.is_floating_point() else t for n, t in weights.items()}
+        path = self.run / checkpoints.MODEL
+        write_model(path, self.task.tensors(cast), self.task.model_config())
+        return path
 
     def _record(self, tally: Tally, grad_norm: float, batches: Batches) -> dict[str, Any]:
         seconds = time.perf_counter() - tally.since

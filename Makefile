@@ -1,0 +1,39 @@
+# make demo   set up .venv and draw a sheet of new pictures into demo.png
+# make test   set up .venv and run linter, type checker and tests
+# Needs Python 3.11 or newer, pip and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test test-slow lint clean
+
+demo: $(VENV)/.installed
+	$(BIN)/sfumato generate --count 16 --seed 0 --label all --sheet --out demo.png --overwrite
+	@echo "new pictures: $(CURDIR)/demo.png"
+
+test: $(VENV)/.installed-dev lint
+	$(BIN)/python -m pytest --durations=10
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest --slow --durations=20
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/mypy
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "setting up $(VENV) (PyTorch takes a few minutes the first time)"
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

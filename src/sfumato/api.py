@@ -1,0 +1,230 @@
+"""The front door: open a model, draw pictures.
+
+>>> import sfumato
+>>> model = sfumato.load("ddpm-emoji32")
+>>> picture = model.generate(count=1, seed=3, steps=2)[0]
+>>> picture.size, picture.info["sfumato"]["seed"]
+((32, 32), 3)
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sfumato import models
+from sfumato.diffusion.denoiser import Denoiser
+from sfumato.diffusion.grid import GRIDS
+from sfumato.diffusion.hooks import Hook, keep
+from sfumato.diffusion.solvers import Solver
+from sfumato.errors import ModelFileError, UserError, raise_unknown
+from sfumato.images import to_pil, with_settings
+from sfumato.systems import Opened, open_system
+from sfumato.tasks.draw import choose_solver, draw
+from sfumato.training import state
+from sfumato.training.trainer import default_device
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_BATCH = 16  # pictures drawn together; each picture's noise is its own, so this changes nothing but memory
+
+
+class Model:
+    """An opened model, ready to draw.
+
+    Attributes:
+        system: what it is made of (config and denoiser).
+        name: for people: the box's name, or the file's.
+        sha256: of its weights' file.
+        dtype: of the network ("float32", "bfloat16", "float16"); pictures and solvers stay in float32.
+    """
+
+    def __init__(self, opened: Opened, name: str, *, device: str = "auto", dtype: str = "auto") -> None:
+        self.system, self.name, self.sha256 = opened.system, name, opened.sha256
+        self.device = choose_device(device)
+        self.dtype = "float32" if dtype == "auto" else dtype
+        if self.dtype not in DTYPES:
+            raise_unknown("dtype", dtype, ["auto", *DTYPES])
+        network = self.system.denoiser.network.to(self.device, DTYPES[self.dtype])
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The network with its schedule and parameterization."""
+        return self.system.denoiser
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes the model knows; empty if it has none."""
+        return self.system.config.labels
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        count: int = 1,
+        seed: int | None = None,
+        steps: int | None = None,
+        sampler: str | Solver[Any] | None = None,
+        schedule: str | None = None,
+        guidance: float | None = None,
+        negative: str | None = None,
+        label: str | Sequence[str] | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        on_step: Hook = keep,
+    ) -> list[Image.Image]:
+        """Draw `count` pictures (of each prompt).
+
+        Args:
+            prompt, negative: for models that read text; others refuse them.
+            seed: of the first picture; picture i has `seed + i`. None draws one (it is in the settings).
+            steps, sampler, schedule, guidance: None for the model's own defaults; `sampler` may be a `Solver`.
+            label: a class of a class-conditional model, or several, which the pictures take in turn; "all" is every
+                class in turn; None leaves the class open.
+            width, height: in pixels; a pixel-space model draws its own size only.
+            on_step: hook of the sampling loop, `(x, level, prediction, noise) -> x`, called for each batch.
+
+        Returns:
+            RGB (or grey) pictures; `picture.info["sfumato"]` holds the settings that made each.
+
+        Raises:
+            UserError: for anything the model cannot do, in one sentence.
+        """
+        self._refuse_what_does_not_apply(prompt, negative, width, height)
+        if count < 1:
+            raise UserError(f"count must be at least 1, got {count}")
+        first = secrets.randbelow(2**32) if seed is None else seed
+        if not 0 <= first < 2**63 - count:
+            raise UserError(f"seed must be at least 0 and below 2^63, got {first}")
+        labels = self._labels(label, count)
+        settings = self._settings(steps, sampler, schedule, guidance, labels[0] is not None)
+        pictures: list[Image.Image] = []
+        for start in range(0, count, _BATCH):
+            seeds = range(first + start, first + min(start + _BATCH, count))
+            mine = labels[start : start + _BATCH]
+            batch = self._draw(seeds, mine, settings, sampler, on_step)
+            for one, name, picture in zip(seeds, mine, to_pil(batch.cpu()), strict=True):
+                pictures.append(with_settings(picture, settings | {"seed": one, "label": name}))
+        return pictures
+
+    def _labels(self, label: str | Sequence[str] | None, count: int) -> list[str | None]:
+        """One label per picture, or None for each; unknown ones are refused."""
+        if label is None or label == []:
+            return [None] * count
+        names = [label] if isinstance(label, str) else list(label)
+        if [name.casefold() for name in names] == ["all"] and self.labels:
+            names = list(self.labels)
+        self.system.condition(names)
+        return [names[i % len(names)] for i in range(count)]
+
+    def _draw(
+        self, seeds: range, labels: list[str | None], settings: dict[str, Any], sampler: Any, on_step: Hook
+    ) -> Tensor:
+        return draw(
+            self.system,
+            seeds=seeds,
+            labels=labels,
+            sampler=settings["sampler"] if sampler is None else sampler,
+            schedule=settings["schedule"],
+            steps=settings["steps"],
+            guidance=settings["guidance"],
+            on_step=on_step,
+        )
+
+    def _settings(
+        self, steps: int | None, sampler: Any, schedule: str | None, guidance: float | None, labelled: bool
+    ) -> dict[str, Any]:
+        """Every setting with the model's defaults filled in, checked before anything is drawn."""
+        defaults = self.system.config.sampling
+        if guidance is not None and guidance < 0:
+            raise UserError(f"guidance must not be negative, got {guidance}")
+        if guidance not in (None, 1) and not labelled:
+            raise UserError("--guidance needs a --label: without one there is nothing to guide towards")
+        if steps is not None and steps < 1:
+            raise UserError(f"steps must be at least 1, got {steps}")
+        chosen = defaults.sampler if sampler is None else sampler
+        choose_solver(self.system, chosen)
+        spacing = (schedule or defaults.schedule).casefold()
+        if spacing not in GRIDS:
+            raise_unknown("schedule", schedule or "", GRIDS)
+        width, height = self.system.shape[2], self.system.shape[1]
+        return {
+            "model": self.name,
+            "model_hash": self.sha256,
+            "steps": steps or defaults.steps,
+            "sampler": chosen.casefold() if isinstance(chosen, str) else repr(chosen),
+            "schedule": spacing,
+            "guidance": guidance if guidance is not None else (defaults.guidance if labelled else 1.0),
+            "width": width,
+            "height": height,
+            "dtype": self.dtype,
+        }
+
+    def _refuse_what_does_not_apply(
+        self, prompt: str | Sequence[str] | None, negative: str | None, width: int | None, height: int | None
+    ) -> None:
+        known = f"; its labels are: {', '.join(self.labels)}" if self.labels else ""
+        if prompt:
+            raise UserError(f"model {self.name} does not read text, so it takes no prompt{known}")
+        if negative is not None:
+            raise UserError(f"model {self.name} does not read text, so it takes no negative prompt{known}")
+        own = self.system.config.size
+        for what, asked in (("width", width), ("height", height)):
+            if asked is not None and asked != own:
+                raise UserError(f"model {self.name} draws {own} x {own} pixels; {what} {asked} cannot be had")
+
+
+def load(path_or_name: str | Path | None = None, *, device: str = "auto", dtype: str = "auto") -> Model:
+    """Open a model: a name from the box, a model file, a run, a checkpoint, or a diffusers pipeline folder.
+
+    Args:
+        path_or_name: None takes the best model in the box.
+        device: auto (a GPU if there is one), cpu, or another of torch's device names.
+        dtype: of the network: auto (float32), float32, bfloat16 or float16.
+
+    Raises:
+        UserError: in one sentence, when it cannot be opened.
+    """
+    wanted = str(path_or_name) if path_or_name is not None else models.BEST
+    if wanted in models.names():
+        return Model(open_system(models.weights(wanted)), wanted, device=device, dtype=dtype)
+    path = Path(wanted)
+    if not path.exists() and path.suffix == "" and len(path.parts) == 1:
+        raise_unknown("model (and no such file)", wanted, models.names())
+    found = weights_of(path)
+    name = path.resolve().name.removesuffix(".safetensors")
+    return Model(open_system(found), name, device=device, dtype=dtype)
+
+
+def weights_of(path: Path) -> Path:
+    """The file to open for a path: of a run its finished model or newest averaged weights; else the path itself."""
+    if not path.is_dir():
+        return path
+    if (path / state.AVERAGE).is_file():
+        return path / state.AVERAGE
+    if (path / "model.safetensors").is_file():
+        return path / "model.safetensors"
+    newest = state.newest(path)
+    if newest is None and (path / state.FOLDER).is_dir():
+        raise ModelFileError(f"run {path} has no checkpoint yet")
+    return newest / state.AVERAGE if newest is not None else path
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto" takes a GPU if torch has one. Raises `UserError` when it is not there."""
+    if name == "auto":
+        return default_device()
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {name!r} cannot be used here ({reason})") from None
+    return device

@@ -1,0 +1,140 @@
+"""A training run from a recipe and a folder: everything is checked before the first step.
+
+>>> differing({"a": {"b": 1}}, {"a": {"b": 2}})
+['a.b: 1 -> 2']
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+
+from sfumato.checkpoints.io import write_bytes
+from sfumato.errors import UserError
+from sfumato.training import state
+from sfumato.training.config import RESUMABLE_CHANGES
+from sfumato.training.data import PictureSet, check_all, open_data
+from sfumato.training.recipes import Recipe, read_yaml
+from sfumato.training.trainer import Trainer
+
+CONFIG, QUARANTINE = "config.yaml", "quarantine.txt"
+
+
+def train(
+    recipe: Recipe,
+    run: Path,
+    *,
+    resume: str = "auto",
+    dry_run: bool = False,
+    device: torch.device | None = None,
+    say: Callable[[str], None] = print,
+) -> Literal["finished", "stopped", "dry run"]:
+    """Train a recipe into a run folder.
+
+    Args:
+        recipe: validated, with its data path.
+        run: created if it does not exist; one that holds another config is refused.
+        resume: "auto" goes on from the newest sound checkpoint if there is one; "never" wants an unused folder; or the
+            path of a checkpoint to start from.
+        dry_run: check everything, say what the run would take, and stop.
+        device: None takes a GPU if there is one.
+        say: told what a person should know.
+
+    Raises:
+        UserError: before anything is written, when something does not fit.
+    """
+    start = _where_to_start(recipe, run, resume)
+    data, validation, bad = _checked_data(recipe, say)
+    trainer = Trainer(recipe.task(data, validation), recipe.train, run, device)
+    if start is not None:
+        trainer.resume(start)
+        say(f"going on from {start} at step {trainer.step}")
+    if trainer.rank == 0:
+        _describe(trainer, data, validation, say)
+    if dry_run:
+        return "dry run"
+    if trainer.rank == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        write_bytes(run / CONFIG, dump(recipe).encode())
+        if bad:
+            write_bytes(run / QUARANTINE, "".join(line + "\n" for line in bad).encode())
+    trainer.train()
+    if trainer.step < recipe.train.steps:
+        return "stopped"
+    if trainer.rank == 0:
+        say(f"finished: {trainer.export()}")
+    return "finished"
+
+
+def dump(recipe: Recipe) -> str:
+    """A recipe as YAML, every default written out."""
+    text: str = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings that differ between two configs and may not between a run and its resumption."""
+    old, new = _flat(before), _flat(now)
+    return [
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if key not in RESUMABLE_CHANGES and old.get(key) != new.get(key)
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _where_to_start(recipe: Recipe, run: Path, resume: str) -> Path | None:
+    """The checkpoint to go on from, None for a fresh start. Refuses folders that hold something else."""
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run} is a file; a run needs a folder")
+    if resume not in ("auto", "never"):
+        folder = Path(resume)
+        newest = state.newest(folder) if (folder / state.FOLDER).is_dir() else folder
+        if newest is None:
+            raise UserError(f"run {folder} has no checkpoint to start from")
+        state.load(newest)
+        return newest
+    kept = run / CONFIG
+    if not kept.is_file():
+        if run.is_dir() and any(run.iterdir()):
+            raise UserError(f"{run} is not empty and is no training run; choose another folder")
+        return None
+    if resume == "never":
+        raise UserError(f"{run} already holds a run; choose another folder, or leave --resume at auto to go on with it")
+    changes = differing(read_yaml(kept.read_text(encoding="utf-8"), str(kept)), recipe.model_dump(mode="json"))
+    if changes:
+        more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+        raise UserError(f"{run} holds a run with another config ({'; '.join(changes[:3])}{more}); choose another folder")
+    return state.newest(run)
+
+
+def _checked_data(recipe: Recipe, say: Callable[[str], None]) -> tuple[PictureSet, PictureSet | None, list[str]]:
+    """Open the data and every picture in it."""
+    data, validation = open_data(recipe.data)
+    bad = []
+    for pictures in (data, validation):
+        if pictures is not None:
+            bad += [f"{b.key}: {b.reason}" for b in check_all(pictures)]
+    if bad:
+        say(f"{len(bad)} pictures are bad and left out; they are listed in {QUARANTINE}")
+    return data, validation, bad
+
+
+def _describe(
+    trainer: Trainer, data: PictureSet, validation: PictureSet | None, say: Callable[[str], None]
+) -> None:
+    parameters = sum(p.numel() for p in trainer.task.network.parameters())
+    held_out = f", {len(validation):,} held out" if validation is not None else ""
+    classes = f", {len(data.labels)} classes" if data.labels else ""
+    say(f"{len(data):,} pictures{held_out}{classes}; {parameters / 1e6:.2f} M parameters on {trainer.device}")
+    say(str(trainer.estimate()))
