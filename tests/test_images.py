@@ -288,9 +288,23 @@ def test_a_damaged_json_falls_back_to_the_text_or_is_an_error(tmp_path: Path) ->
     picture().save(path, pnginfo=chunks)
     with pytest.raises(UserError, match="are damaged"):
         read_settings(path)
+    with Image.open(path) as image, pytest.raises(UserError, match="are damaged; save it with settings"):
+        save_picture(image, tmp_path / "b.png")
     chunks.add_text("parameters", "fox\nSteps: 2, Seed: 4, Size: 8x8")
     picture().save(path, pnginfo=chunks)
     assert read_settings(path) == {"prompt": "fox", "steps": 2, "seed": 4, "width": 8, "height": 8}
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+def test_a_damaged_exif_is_an_error(tmp_path: Path, suffix: str) -> None:
+    data = encode_picture(picture(), suffix, FULL).replace(b"MM\0*", b"MM\0?")
+    with pytest.raises(UserError, match="cannot read the picture"):
+        read_settings(io.BytesIO(data))
+    with Image.open(io.BytesIO(data)) as image:
+        with pytest.raises(UserError, match="EXIF data are damaged"):
+            save_picture(image, tmp_path / "b.png")
+        save_picture(image, tmp_path / "b.png", {})
+    assert read_settings(tmp_path / "b.png") is None
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -1,4 +1,10 @@
-"""`python -m sfumato` is the command `sfumato`."""
+"""`python -m sfumato` is the command `sfumato`.
+
+>>> callable(main)
+True
+"""
+
+from __future__ import annotations
 
 from sfumato.cli.main import main
 

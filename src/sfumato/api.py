@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.grid import GRIDS
 from sfumato.diffusion.hooks import Hook, keep
 from sfumato.diffusion.solvers import Solver
-from sfumato.errors import ModelFileError, UserError, raise_unknown
+from sfumato.errors import ModelFileError, UserError, nearest, raise_unknown
 from sfumato.images import to_pil, with_settings
 from sfumato.systems import Opened, open_system
 from sfumato.tasks.draw import choose_solver, draw
@@ -143,8 +144,8 @@ class Model:
     ) -> dict[str, Any]:
         """Every setting with the model's defaults filled in, checked before anything is drawn."""
         defaults = self.system.config.sampling
-        if guidance is not None and guidance < 0:
-            raise UserError(f"guidance must not be negative, got {guidance}")
+        if guidance is not None and not (guidance >= 0 and math.isfinite(guidance)):
+            raise UserError(f"guidance must be a finite number of at least 0, got {guidance}")
         if guidance not in (None, 1) and not labelled:
             raise UserError("--guidance needs a --label: without one there is nothing to guide towards")
         if steps is not None and steps < 1:
@@ -171,7 +172,7 @@ class Model:
         self, prompt: str | Sequence[str] | None, negative: str | None, width: int | None, height: int | None
     ) -> None:
         known = f"; its labels are: {', '.join(self.labels)}" if self.labels else ""
-        if prompt:
+        if prompt is not None:
             raise UserError(f"model {self.name} does not read text, so it takes no prompt{known}")
         if negative is not None:
             raise UserError(f"model {self.name} does not read text, so it takes no negative prompt{known}")
@@ -197,10 +198,17 @@ def load(path_or_name: str | Path | None = None, *, device: str = "auto", dtype:
         return Model(open_system(models.weights(wanted)), wanted, device=device, dtype=dtype)
     path = Path(wanted)
     if not path.exists() and path.suffix == "" and len(path.parts) == 1:
-        raise_unknown("model (and no such file)", wanted, models.names())
+        raise UserError(_no_such_model(wanted))
     found = weights_of(path)
     name = path.resolve().name.removesuffix(".safetensors")
     return Model(open_system(found), name, device=device, dtype=dtype)
+
+
+def _no_such_model(wanted: str) -> str:
+    known = models.names()
+    if not known:
+        return f"no model or file is called {wanted!r}, and the box holds no model in this installation"
+    return f"no model or file is called {wanted!r}{nearest(wanted, known)}; the box holds: {', '.join(known)}"
 
 
 def weights_of(path: Path) -> Path:
@@ -223,7 +231,7 @@ def choose_device(name: str) -> torch.device:
         return default_device()
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros((), device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"device {name!r} cannot be used here ({reason})") from None

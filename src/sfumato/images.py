@@ -420,10 +420,16 @@ def encode_picture(image: Image.Image, suffix: str, settings: Settings | None = 
 def _carried(image: Image.Image) -> dict[str, Any]:
     """The settings an image carries: a dict from `with_settings`, or the JSON text of an opened file."""
     carried = image.info.get(JSON_KEY)
-    if carried is None:
-        carried = _exif_texts(image)[0]
+    try:
+        carried = _exif_texts(image)[0] if carried is None else carried
+    except _UNREADABLE as error:
+        raise UserError(
+            f"the picture's EXIF data are damaged ({error}); save it with settings of its own"
+        ) from error
     if isinstance(carried, str):
         carried = _settings_from_json(carried)
+        if carried is None:
+            raise UserError("the settings the picture carries are damaged; save it with settings of its own")
     return dict(carried) if isinstance(carried, Mapping) else {}
 
 
@@ -518,7 +524,8 @@ def _picture_texts(image: Image.Image) -> tuple[str | None, str | None]:
 
 
 def _exif_texts(image: Image.Image) -> tuple[str | None, str | None]:
-    exif = image.getexif()
+    exif = Image.Exif()
+    exif.load(image.info.get("exif", b""))  # image.getexif() would hide damage that Image.open met in a JPEG
     description = exif.get(_IMAGE_DESCRIPTION)
     comment = exif.get_ifd(_EXIF_IFD).get(_USER_COMMENT)
     described = None

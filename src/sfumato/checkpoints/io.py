@@ -20,7 +20,7 @@ import json
 import os
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ from sfumato.errors import ModelFileError, UserError, nearest
 CONFIG_KEY = "sfumato"
 _MAX_HEADER = 16 * 2**20
 _MAX_TENSORS = 50_000
+_MAX_NAME = 1024
+_NAMED_PROBLEMS = 10
 
 
 @dataclass(frozen=True)
@@ -56,40 +58,53 @@ def read_model(path: str | Path) -> ModelFile:
     """Open a safetensors file. Raises `ModelFileError` with one sentence for anything that is not a sound one."""
     path = Path(path)
     check_is_file(path)
-    header = read_header(path)
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
+        header = read_header(path)
         tensors = load_file(path)
-    except (SafetensorError, ValueError, OSError) as error:
+        sha256 = file_sha256(path)
+    except OSError as error:
+        raise ModelFileError(f"{path} cannot be read: {explain_os_error(error)}") from None
+    except (SafetensorError, RuntimeError, ArithmeticError, LookupError, TypeError) as error:
         raise ModelFileError(f"{path} is damaged: its tensors cannot be read ({_first_line(error)})") from None
-    return ModelFile(path, stored_config(path, header), tensors, file_sha256(path))
+    return ModelFile(path, stored_config(path, header), tensors, sha256)
 
 
 def check_is_file(path: Path) -> None:
-    """Refuse a path that is missing (naming the nearest neighbour) or a folder."""
+    """Refuse a path that is missing (naming the nearest neighbour), a folder, or a device or pipe."""
     if path.is_dir():
         raise ModelFileError(f"{path} is a folder, not a model file")
-    if not path.exists():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ModelFileError(f"no model at {path}{nearest(path.name, siblings)}")
+    if path.is_file():
+        return
+    if path.exists():
+        raise ModelFileError(f"{path} is not an ordinary file")
+    siblings: list[str] = []
+    with suppress(OSError):
+        siblings = [p.name for p in path.parent.iterdir()]
+    raise ModelFileError(f"no model at {path}{nearest(path.name, siblings)}")
 
 
 def read_header(path: Path) -> dict[str, Any]:
     """The safetensors header as JSON, with its size, names and count bounded before anything is allocated."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(16)
-        if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+        start = file.read(9)
+        length = struct.unpack("<Q", start[:8])[0] if len(start) == 9 else 0
+        fits = 2 <= length <= min(_MAX_HEADER, size - 8)
+        # the length of a sound header may begin with a pickle's first bytes, so a pickle is what does not fit
+        if not (fits and start[8:] == b"{") and _looks_like_pickle(start):
             raise ModelFileError(
                 f"{path} is a pickle checkpoint, which can run code when it is opened; convert it to safetensors first"
             )
-        if len(start) < 9 or start[8:9] != b"{":
+        if start[8:] != b"{":
             raise ModelFileError(f"{path} is not a safetensors file (it does not begin with a header)")
-        (length,) = struct.unpack("<Q", start[:8])
-        if length > min(_MAX_HEADER, size - 8):
-            raise ModelFileError(f"{path} is damaged: its header claims {length} bytes, the file has {size}")
+        if not fits:
+            raise ModelFileError(
+                f"{path} is damaged: its header claims {length} bytes of the file's {size} "
+                f"(at most {_MAX_HEADER} are allowed)"
+            )
         file.seek(8)
         try:
             header = json.loads(file.read(length))
@@ -97,7 +112,14 @@ def read_header(path: Path) -> dict[str, Any]:
             raise ModelFileError(f"{path} is damaged: its header is not readable") from None
     if not isinstance(header, dict) or len(header) > _MAX_TENSORS:
         raise ModelFileError(f"{path} is damaged: its header is not a table of at most {_MAX_TENSORS} tensors")
+    if any(len(name) > _MAX_NAME for name in header):
+        raise ModelFileError(f"{path} is damaged: a tensor's name is longer than {_MAX_NAME} characters")
     return header
+
+
+def _looks_like_pickle(start: bytes) -> bool:
+    """A zip archive, as `torch.save` writes, or a bare pickle of protocol 2 to 5."""
+    return start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"))
 
 
 def stored_config(path: Path, header: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -108,20 +130,25 @@ def stored_config(path: Path, header: Mapping[str, Any]) -> dict[str, Any] | Non
         return None
     try:
         config = json.loads(text)
-    except ValueError:
+    except (ValueError, TypeError, RecursionError):
         config = None
     if not isinstance(config, dict):
         raise ModelFileError(f"{path} carries a config that is not readable")
     return config
 
 
-def write_model(path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write a model file with its config, atomically. Raises `UserError` when the disk is full or read-only."""
+def write_model(path: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
+    """Write a model file with its config, atomically. Returns the SHA-256 of what was written, hexadecimal.
+
+    Raises:
+        UserError: when the disk is full or read-only; an older file of that name stays as it was.
+    """
     from safetensors.torch import save
 
     contiguous = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     data = save(contiguous, metadata={CONFIG_KEY: json.dumps(config, sort_keys=True), "format": "pt"})
     write_bytes(path, data)
+    return hashlib.sha256(data).hexdigest()
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
@@ -148,7 +175,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"could not write {path}: {explain_os_error(error)}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the path may lead through a file, or the disk have become read-only
+            temporary.unlink()
 
 
 def explain_os_error(error: OSError) -> str:
@@ -159,6 +187,7 @@ def explain_os_error(error: OSError) -> str:
         errno.EACCES: "permission denied",
         errno.EROFS: "the disk is read-only",
         errno.ENOTDIR: "a part of the path is a file, not a folder",
+        errno.EEXIST: "a part of the path is a file, not a folder",
         errno.EISDIR: "it is a folder",
     }
     return known.get(error.errno or 0, error.strerror or str(error))
@@ -176,22 +205,37 @@ def component(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def load_strictly(module: torch.nn.Module, tensors: Mapping[str, Tensor], *, what: str) -> None:
-    """Load weights into a module; every name and shape must fit, or `ModelFileError` lists the first that do not.
+    """Load weights into a module; every name and shape must fit, see `check_fit`.
 
     The weights are taken over in the module's own type.
     """
-    own = module.state_dict()
-    problems = [f"{n} is missing{nearest(n, tensors)}" for n in own if n not in tensors]
-    problems += [f"{n} is not part of the model{nearest(n, own)}" for n in tensors if n not in own]
-    problems += [
-        f"{n} has shape {tuple(t.shape)}, the config says {tuple(own[n].shape)}"
-        for n, t in tensors.items()
-        if n in own and own[n].shape != t.shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise ModelFileError(f"the weights of {what} do not fit its config: {'; '.join(problems[:10])}{more}")
+    check_fit(module, tensors, what=what)
     module.load_state_dict(dict(tensors))
+
+
+def check_fit(module: torch.nn.Module, tensors: Mapping[str, Tensor], *, what: str) -> None:
+    """Compare names and shapes with those of a module, which may be on "meta" and hold no memory yet.
+
+    Raises:
+        ModelFileError: with the first ten names or shapes that do not fit.
+    """
+    own = module.state_dict()
+    missing = [name for name in own if name not in tensors]
+    foreign = [name for name in tensors if name not in own]
+    misshapen = [name for name, t in tensors.items() if name in own and own[name].shape != t.shape]
+
+    def problem(name: str) -> str:
+        if name not in tensors:
+            return f"{name} is missing{nearest(name, foreign)}"
+        if name not in own:
+            return f"{name} is not part of the model{nearest(name, missing)}"
+        return f"{name} has shape {tuple(tensors[name].shape)}, the config says {tuple(own[name].shape)}"
+
+    problems = missing + foreign + misshapen
+    if problems:
+        more = f" and {len(problems) - _NAMED_PROBLEMS} more" if len(problems) > _NAMED_PROBLEMS else ""
+        named = "; ".join(problem(name) for name in problems[:_NAMED_PROBLEMS])
+        raise ModelFileError(f"the weights of {what} do not fit its config: {named}{more}")
 
 
 def _first_line(error: BaseException) -> str:

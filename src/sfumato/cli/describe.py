@@ -27,6 +27,8 @@ def list_models() -> None:
     from sfumato import models
     from sfumato.checkpoints.io import read_header, stored_config
 
+    if not models.names():
+        print("the box holds no model in this installation")
     for name in models.names():
         path = models.weights(name)
         config = stored_config(path, read_header(path)) or {}
@@ -75,12 +77,23 @@ def _of_model(file: Path) -> dict[str, Any]:
     if file.is_dir() and (file / CONFIG).is_file():
         known["run"] = str(file)
         metrics = file / "metrics.jsonl"
-        if metrics.is_file() and (lines := metrics.read_text().splitlines()):
-            known["last metrics"] = json.loads(lines[-1])
+        if (last := _last_record(metrics)) is not None:
+            known["last metrics"] = last
     opened = open_system(weights_of(file))
     config = opened.system.config.model_dump(mode="json")
     parameters = sum(p.numel() for p in opened.system.denoiser.network.parameters())
     return known | {"weights": str(opened.path), "sha256": opened.sha256, "parameters": parameters} | config
+
+
+def _last_record(metrics: Path) -> Any:
+    """The newest whole line of `metrics.jsonl`, None if there is none; a crash may have cut the last one."""
+    lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.is_file() else []
+    for line in reversed(lines):
+        try:
+            return json.loads(line)
+        except ValueError:
+            continue
+    return None
 
 
 def doctor() -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sfumato.cli.options import number, whole
 from sfumato.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,26 +31,32 @@ def generate(
     model: Annotated[
         str | None, typer.Option(help="A name from `sfumato models ls`, a file, a run or a folder. [best in the box]")
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of the first picture; picture i has seed + i.")] = None,
-    count: Annotated[int, typer.Option(min=1, help="Pictures (of each prompt).")] = 1,
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps. [the model's own]")] = None,
+    seed: Annotated[
+        int | None, typer.Option(parser=whole(0), metavar="N", help="Of the first picture; picture i has seed + i.")
+    ] = None,
+    count: Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Pictures (of each prompt).")] = 1,
+    steps: Annotated[
+        int | None, typer.Option(parser=whole(1), metavar="N", help="Sampling steps. [the model's own]")
+    ] = None,
     sampler: Annotated[str | None, typer.Option(help="ddpm, ddim, euler, heun. [the model's own]")] = None,
     schedule: Annotated[
         str | None, typer.Option(help="Spacing of steps: leading, trailing, linspace, karras, exponential.")
     ] = None,
-    guidance: Annotated[float | None, typer.Option(min=0, help="Classifier-free guidance; 1 is off.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(parser=number(0), metavar="W", help="Classifier-free guidance; 1 is off.")
+    ] = None,
     negative: Annotated[str | None, typer.Option(help="What not to draw, for models that read text.")] = None,
     label: Annotated[
         list[str] | None,
         typer.Option(help="A class of the model (see `sfumato info`); several are taken in turn; all for every one."),
     ] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="In pixels.")] = None,
-    height: Annotated[int | None, typer.Option(min=1, help="In pixels.")] = None,
+    width: Annotated[int | None, typer.Option(parser=whole(1), metavar="N", help="In pixels.")] = None,
+    height: Annotated[int | None, typer.Option(parser=whole(1), metavar="N", help="In pixels.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
-    out: Annotated[
-        Path, typer.Option(help="FILE.png for one picture or a sheet; a folder takes <seed>.png.")
-    ] = Path("."),
+    out: Annotated[Path, typer.Option(help="FILE.png for one picture or a sheet; a folder takes <seed>.png.")] = Path(
+        "."
+    ),
     sheet: Annotated[bool, typer.Option("--sheet", help="One contact sheet of all pictures.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Describe what was made as JSON.")] = False,
@@ -78,10 +85,11 @@ def generate(
         "negative": negative, "label": label, "width": width, "height": height,
     }  # fmt: skip
     evaluations = (steps or opened.system.config.sampling.steps) * -(-count // 16) * len(prompts)
-    with _progress(evaluations) as advance:
+    with _progress(evaluations) as advance, _overflow_explained():
         for i, text in enumerate(prompts):
             pictures += opened.generate(text, seed=first + i * count, on_step=advance, **options)
-    _save(pictures, paths, sheet, overwrite, opened)
+    with _folder(paths[0].parent):
+        _save(pictures, paths, sheet, overwrite, opened)
     _tell(pictures, paths, as_json)
 
 
@@ -104,14 +112,46 @@ def _check_out(out: Path, single: bool, total: int, sheet: bool, overwrite: bool
         raise UserError(f"{out} takes one picture, but {total} were asked for; name a folder, or add --sheet")
     if single and not overwrite:
         _refuse_existing([out])
-    if not single and out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file, not a folder")
+    folder = out.parent if single else out
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file, not a folder")
 
 
 def _refuse_existing(paths: list[Path]) -> None:
     for path in paths:
         if path.exists():
             raise UserError(f"{path} exists already; choose another --out, or add --overwrite")
+
+
+@contextmanager
+def _folder(folder: Path) -> Iterator[None]:
+    """Make a folder for what follows; if that fails, the folders made here are removed again where they are empty."""
+    from sfumato.checkpoints.io import explain_os_error
+
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException as error:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+        if isinstance(error, OSError):
+            raise UserError(f"could not write to {folder}: {explain_os_error(error)}") from None
+        raise
+
+
+@contextmanager
+def _overflow_explained() -> Iterator[None]:
+    """A model whose result is no picture is not the user's error: one sentence and exit code 3."""
+    from sfumato.images import PictureError
+
+    try:
+        yield
+    except PictureError as error:
+        print(f"sfumato: {error}", file=sys.stderr)
+        raise typer.Exit(3) from None
 
 
 @contextmanager

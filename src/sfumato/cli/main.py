@@ -6,14 +6,18 @@ True
 
 from __future__ import annotations
 
+import re
 import sys
+from typing import Any
 
 import typer
 
 from sfumato.cli.describe import doctor, info, models_app
 from sfumato.cli.generate import edit, generate
 from sfumato.cli.train import recipes_app, train
-from sfumato.errors import UserError
+from sfumato.errors import UserError, nearest
+
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # the parent of all errors in how a command is called
 
 app = typer.Typer(
     help="Diffusion models of pictures: train them on your own pictures, and draw with them.",
@@ -41,17 +45,55 @@ def _version(version: bool = typer.Option(False, "--version", help="Show the ver
 
 
 def main() -> None:
-    """Run the command; a user's error is one sentence and exit code 2."""
+    """Run the command and exit: 0 done, 2 a user's error, in one sentence on stderr, 130 interrupted."""
     try:
-        app()
+        code = app(standalone_mode=False)
     except UserError as error:
-        print(f"sfumato: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = _refuse(str(error))
+    except _UsageError as error:
+        code = _misused(error)
     except KeyboardInterrupt:
-        print("sfumato: interrupted", file=sys.stderr)
-        sys.exit(130)
+        code = 130
     except BrokenPipeError:
-        sys.exit(141)
+        code = 141
+    except OSError as error:
+        from sfumato.checkpoints.io import explain_os_error
+
+        where = f"{error.filename}: " if error.filename is not None else ""
+        code = _refuse(f"{where}{explain_os_error(error)}")
+    if code == 130:
+        print("sfumato: interrupted", file=sys.stderr)
+    sys.exit(code or 0)
+
+
+def _refuse(sentence: str) -> int:
+    print(f"sfumato: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _misused(error: Any) -> int:
+    """Say what is wrong with the command line itself, and where its help is."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return 2
+    command = error.ctx.command_path if error.ctx is not None else "sfumato"
+    return _refuse(f"{_usage(error)} (see {command} --help)")
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with the command line: which option or command, what was expected, the nearest right name."""
+    parameter, context = getattr(error, "param", None), error.ctx
+    unknown = re.match(r"No such command '(.*?)'", error.message)
+    if unknown is not None:
+        return f"unknown command {unknown[1]!r}{nearest(unknown[1], context.command.commands)}"
+    if hasattr(error, "possibilities"):
+        known = ["--help", *(option for known in context.command.params for option in known.opts)]
+        return f"unknown option {error.option_name!r}{nearest(error.option_name, known)}"
+    if parameter is not None:
+        name = parameter.opts[0] if parameter.param_type_name == "option" else parameter.name.upper()
+        return f"{name}: {error.message or 'is missing'}"
+    message = error.format_message().rstrip(".")
+    return f"{message[:1].lower()}{message[1:]}"
 
 
 if __name__ == "__main__":

@@ -40,12 +40,13 @@ def train(
     if out is None:
         raise UserError("name the run's folder with --out RUN")
     from sfumato.api import choose_device
+    from sfumato.images import PictureError
     from sfumato.training.trainer import TrainingFailed
 
     chosen = None if device == "auto" else choose_device(device)
     try:
         result = run.train(loaded, out, resume=resume, dry_run=dry_run, device=chosen)
-    except TrainingFailed as error:
+    except (TrainingFailed, PictureError) as error:
         typer.echo(f"sfumato: {error}", err=True)
         raise typer.Exit(3) from None
     if result == "stopped":

@@ -43,7 +43,7 @@ def kid(
     """Kernel distance of two sets: unbiased MMD² with `k(x, y) = (x·y/D + 1)^degree`, in float64.
 
     `MMD² = mean_{i≠j} k(a_i, a_j) + mean_{i≠j} k(b_i, b_j) - 2 mean_{i,j} k(a_i, b_j)` (Bińkowski et al.
-    2018, section 4, the unbiased estimator of Gretton et al. 2012, eq. 3). Usually quoted times 1,000.
+    2018; the unbiased estimator of Gretton et al. 2012, eq. 3). Usually quoted times 1,000.
 
     With `subset_size`, or where both sets have 5,000 pictures or more (the size is then 1,000), the result
     is the mean over `subsets` pairs of random subsets, drawn without replacement, and the standard deviation
@@ -147,7 +147,7 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
 
 
 def frechet_of_gaussians(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
-    """`|m_a - m_b|² + tr(S_a + S_b - 2 (S_a^½ S_b S_a^½)^½)` (Dowson & Landau 1982, eq. 4), in float64.
+    """`|m_a - m_b|² + tr(S_a + S_b - 2 (S_a^½ S_b S_a^½)^½)` (Dowson & Landau 1982), in float64.
 
     Args:
         mean_a, mean_b: (D,).

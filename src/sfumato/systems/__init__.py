@@ -53,8 +53,8 @@ def _open_folder(folder: Path) -> Opened:
         contents = "is empty" if not any(folder.iterdir()) else "holds no run, checkpoint or diffusers pipeline"
         raise ModelFileError(f"{folder} {contents}; a model is a .safetensors file, a run or a pipeline folder")
     index = diffusers.read_json(folder / diffusers.INDEX)
-    if index.get("_class_name") not in ("DDPMPipeline", "DDIMPipeline"):
-        raise ModelFileError(f"{folder} holds a {index.get('_class_name')}; DDPMPipeline and DDIMPipeline can be opened")
+    if (kind := index.get("_class_name")) not in ("DDPMPipeline", "DDIMPipeline"):
+        raise ModelFileError(f"{folder} holds a {kind}; DDPMPipeline and DDIMPipeline can be opened")
     unet = diffusers.read_component(folder / "unet")
     scheduler = diffusers.read_json(folder / "scheduler" / "scheduler_config.json")
     config = config_from_diffusers(unet.config, scheduler)

@@ -13,12 +13,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from sfumato.diffusion import schedule as schedules
 from sfumato.diffusion.denoiser import Preconditioning, preconditioning
+from sfumato.diffusion.grid import GRIDS
 from sfumato.diffusion.parameterization import Parameterization, parameterization
-from sfumato.errors import UserError, nearest
+from sfumato.diffusion.solvers import solver
+from sfumato.errors import UserError, nearest, raise_unknown
 
 
 class Strict(BaseModel):
@@ -39,24 +41,27 @@ def parse(model: type[ConfigT], values: Mapping[str, Any], where: str) -> Config
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        raise UserError(f"{where}: {_sentence(model, error)}") from None
+        raise UserError(f"{where}: {sentence(model, error)}") from None
 
 
-def _sentence(model: type[BaseModel], error: ValidationError) -> str:
+def sentence(model: type, error: ValidationError) -> str:
+    """The first problem of a config of type `model` as one sentence: where, what is expected, what was given."""
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
     dotted = ".".join(path) or "config"
     if first["type"] == "extra_forbidden":
         return f"unknown key '{dotted}'{nearest(path[-1], _fields_at(model, path[:-1]))}"
+    if isinstance(own := first.get("ctx", {}).get("error"), UserError):
+        return f"{dotted}: {own}"
     given = "" if first["type"] == "missing" else f", got {first['input']!r:.60}"
     message = first["msg"].removeprefix("Value error, ")
     return f"{dotted}: {message[:1].lower()}{message[1:]}{given}"
 
 
-def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
+def _fields_at(model: type, path: list[str]) -> list[str]:
     """Names of the fields of the config found by following `path` from `model`."""
     for part in path:
-        field = model.model_fields.get(part)
+        field = model.model_fields.get(part) if issubclass(model, BaseModel) else None
         if field is None:
             return []
         candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
@@ -64,7 +69,7 @@ def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
         if inner is None:
             return []
         model = inner
-    return list(model.model_fields)
+    return list(model.model_fields) if issubclass(model, BaseModel) else []
 
 
 class ScheduleConfig(Strict):
@@ -154,3 +159,16 @@ class SamplingConfig(Strict):
     steps: int = Field(default=50, ge=1)
     guidance: float = Field(default=1.0, ge=0)
     threshold: Literal["static", "dynamic", "none"] = "static"
+
+    @field_validator("sampler")
+    @classmethod
+    def _known_sampler(cls, name: str) -> str:
+        solver(name)
+        return name
+
+    @field_validator("schedule")
+    @classmethod
+    def _known_schedule(cls, name: str) -> str:
+        if name.casefold().strip() not in GRIDS:
+            raise_unknown("schedule", name, GRIDS)
+        return name

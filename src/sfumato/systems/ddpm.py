@@ -1,7 +1,7 @@
 """DDPM and its heirs in pixel space: one UNet, unconditional or with class labels.
 
-The typed config says everything that a checkpoint must remember: size, labels, network, schedule, what is predicted, the
-objective it was trained with, and how to sample it by default.
+The typed config says everything that a checkpoint must remember: size, labels, network, schedule, what is predicted,
+the objective it was trained with, and how to sample it by default.
 
 >>> config = DDPMConfig(size=8, network={"block_out_channels": [32], "down_block_types": ["DownBlock2D"],
 ...                                      "up_block_types": ["UpBlock2D"], "layers_per_block": 1})
@@ -16,16 +16,16 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator
 from torch import Tensor
 
-from sfumato.checkpoints.io import component, load_strictly
+from sfumato.checkpoints.io import check_fit, component, load_strictly
 from sfumato.condition import Condition
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.objective import Objective
 from sfumato.errors import UserError, raise_unknown
 from sfumato.networks.unet_2d import UNet2DConfig, UNet2DModel
-from sfumato.systems.config import PredictionConfig, SamplingConfig, ScheduleConfig, Strict
+from sfumato.systems.config import PredictionConfig, SamplingConfig, ScheduleConfig, Strict, parse, sentence
 
 _DERIVED = ("sample_size", "in_channels", "out_channels", "num_class_embeds", "class_embed_type")
 
@@ -63,7 +63,10 @@ class DDPMConfig(Strict):
         for key in _DERIVED:
             if key in network:
                 raise ValueError(f"network.{key} follows from size, channels, labels and prediction; leave it out")
-        UNet2DConfig.from_dict(network)
+        try:
+            UNet2DConfig.from_dict(network)
+        except (TypeError, AttributeError, ZeroDivisionError) as error:
+            raise ValueError(f"a value of the network is of the wrong type or zero ({error})") from None
         return network
 
     def unet(self) -> UNet2DConfig:
@@ -95,9 +98,9 @@ class DDPM:
     @classmethod
     def create(cls, config: DDPMConfig, device: str = "cpu") -> DDPM:
         """A new model with freshly initialised weights (from torch's global generator), or none on "meta"."""
-        with torch.device(device):
-            network = UNet2DModel(config.unet())
         try:
+            with torch.device(device):
+                network = UNet2DModel(config.unet())
             denoiser = Denoiser(
                 network,
                 config.schedule.build(),
@@ -106,16 +109,19 @@ class DDPM:
                 learned_variance=config.prediction.learned_variance,
                 self_condition=config.prediction.self_condition,
             )
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        except UserError:
+            raise
+        except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+            raise UserError(f"the model's config cannot be built: {str(error).splitlines()[0]}") from None
         return cls(config, denoiser)
 
     @classmethod
     def load(cls, config: DDPMConfig, tensors: Mapping[str, Tensor], *, what: str) -> DDPM:
         """A model with stored weights (names `network.…`), in float32; a misfit raises `ModelFileError`."""
-        model = cls.create(config, "meta")
+        model, own = cls.create(config, "meta"), component(tensors, "network")
+        check_fit(model.denoiser.network, own, what=what)
         model.denoiser.network.to_empty(device="cpu")
-        load_strictly(model.denoiser.network, component(tensors, "network"), what=what)
+        load_strictly(model.denoiser.network, own, what=what)
         model.denoiser.network.eval()
         return model
 
@@ -164,12 +170,15 @@ class DDPM:
 
 
 def objective_from(values: Mapping[str, Any]) -> Objective:
-    """An `Objective` from config values; an unknown key is refused with the nearest."""
+    """An `Objective` from config values; an unknown key is refused with the nearest, a wrong value by name."""
     known = asdict(Objective())
     for key in values:
         if key not in known:
             raise_unknown("objective key", key, known)
-    return Objective(**values)
+    try:
+        return TypeAdapter(Objective).validate_python(dict(values))
+    except ValidationError as error:
+        raise UserError(f"objective: {sentence(Objective, error)}") from None
 
 
 def config_from_diffusers(unet: Mapping[str, Any], scheduler: Mapping[str, Any]) -> DDPMConfig:
@@ -178,7 +187,10 @@ def config_from_diffusers(unet: Mapping[str, Any], scheduler: Mapping[str, Any])
     Raises:
         UserError: for a scheduler setting that has no counterpart here.
     """
-    network = UNet2DConfig.from_dict(unet)
+    try:
+        network = UNet2DConfig.from_dict(unet)
+    except (TypeError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"a value of the UNet's config is of the wrong type or zero ({error})") from None
     size = network.sample_size
     if not isinstance(size, int) or network.in_channels not in (1, 3):
         raise UserError("only square pixel-space models with 1 or 3 channels can be opened as DDPM")
@@ -186,21 +198,24 @@ def config_from_diffusers(unet: Mapping[str, Any], scheduler: Mapping[str, Any])
     tables = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
     prediction, table = scheduler.get("prediction_type", "epsilon"), scheduler.get("beta_schedule", "linear")
     if prediction not in predicts or table not in tables or scheduler.get("trained_betas") is not None:
-        raise UserError(f"a scheduler with prediction_type {prediction!r} and beta_schedule {table!r} is not known here")
-    ends = {} if table == "squaredcos_cap_v2" else {"start": scheduler["beta_start"], "end": scheduler["beta_end"]}
-    learned = network.out_channels == 2 * network.in_channels
-    classes = network.num_class_embeds or 0
-    return DDPMConfig(
-        size=size,
-        channels=network.in_channels,  # type: ignore[arg-type]
-        labels=tuple(str(i) for i in range(classes - 1)),
-        network={k: v for k, v in network.to_dict().items() if k not in _DERIVED},
-        schedule=ScheduleConfig(
-            name=tables[table],  # type: ignore[arg-type]
-            steps=scheduler.get("num_train_timesteps", 1000),
-            zero_terminal_snr=scheduler.get("rescale_betas_zero_snr", False),
-            **ends,
-        ),
-        prediction=PredictionConfig(parameterization=predicts[prediction], learned_variance=learned),  # type: ignore[arg-type]
-        sampling=SamplingConfig(threshold="static" if scheduler.get("clip_sample", True) else "none"),
-    )
+        raise UserError(f"a scheduler with prediction_type {prediction!r} and beta_schedule {table!r} cannot be used")
+    schedule = {
+        "name": tables[table],
+        "steps": scheduler.get("num_train_timesteps", 1000),
+        "zero_terminal_snr": scheduler.get("rescale_betas_zero_snr", False),
+    }
+    if table != "squaredcos_cap_v2":
+        schedule |= {"start": scheduler.get("beta_start", 1e-4), "end": scheduler.get("beta_end", 0.02)}
+    values = {
+        "size": size,
+        "channels": network.in_channels,
+        "labels": tuple(str(i) for i in range((network.num_class_embeds or 0) - 1)),
+        "network": {k: v for k, v in network.to_dict().items() if k not in _DERIVED},
+        "schedule": schedule,
+        "prediction": {
+            "parameterization": predicts[prediction],
+            "learned_variance": network.out_channels == 2 * network.in_channels,
+        },
+        "sampling": {"threshold": "static" if scheduler.get("clip_sample", True) else "none"},
+    }
+    return parse(DDPMConfig, values, "the UNet's and the scheduler's config")

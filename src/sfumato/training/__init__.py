@@ -1,0 +1,1 @@
+"""Training: data, the one trainer, its checkpoints and reports, and the recipes that it runs."""

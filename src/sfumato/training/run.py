@@ -18,7 +18,7 @@ from sfumato.errors import UserError
 from sfumato.training import state
 from sfumato.training.config import RESUMABLE_CHANGES
 from sfumato.training.data import PictureSet, check_all, open_data
-from sfumato.training.recipes import Recipe, read_yaml
+from sfumato.training.recipes import Recipe, read_yaml, source
 from sfumato.training.trainer import Trainer
 
 CONFIG, QUARANTINE = "config.yaml", "quarantine.txt"
@@ -51,6 +51,7 @@ def train(
     data, validation, bad = _checked_data(recipe, say)
     trainer = Trainer(recipe.task(data, validation), recipe.train, run, device)
     if start is not None:
+        _check_checkpoint(start, trainer)
         trainer.resume(start)
         say(f"going on from {start} at step {trainer.step}")
     if trainer.rank == 0:
@@ -97,25 +98,44 @@ def _where_to_start(recipe: Recipe, run: Path, resume: str) -> Path | None:
     """The checkpoint to go on from, None for a fresh start. Refuses folders that hold something else."""
     if run.exists() and not run.is_dir():
         raise UserError(f"{run} is a file; a run needs a folder")
-    if resume not in ("auto", "never"):
-        folder = Path(resume)
-        newest = state.newest(folder) if (folder / state.FOLDER).is_dir() else folder
-        if newest is None:
-            raise UserError(f"run {folder} has no checkpoint to start from")
-        state.load(newest)
-        return newest
     kept = run / CONFIG
-    if not kept.is_file():
-        if run.is_dir() and any(run.iterdir()):
-            raise UserError(f"{run} is not empty and is no training run; choose another folder")
-        return None
-    if resume == "never":
-        raise UserError(f"{run} already holds a run; choose another folder, or leave --resume at auto to go on with it")
-    changes = differing(read_yaml(kept.read_text(encoding="utf-8"), str(kept)), recipe.model_dump(mode="json"))
+    if not kept.is_file() and run.is_dir() and any(run.iterdir()):
+        raise UserError(f"{run} is not empty and is no training run; choose another folder")
+    if kept.is_file():
+        if resume == "never":
+            raise UserError(
+                f"{run} already holds a run; choose another folder, or leave --resume at auto to go on with it"
+            )
+        _refuse_other_run(kept, recipe)
+    if resume not in ("auto", "never"):
+        return _checkpoint_at(Path(resume))
+    return state.newest(run)
+
+
+def _refuse_other_run(kept: Path, recipe: Recipe) -> None:
+    """Refuse to go on with a run whose config differs in more than may change."""
+    before = read_yaml(source(str(kept))[1], str(kept))
+    changes = differing(before, recipe.model_dump(mode="json"))
     if changes:
         more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
-        raise UserError(f"{run} holds a run with another config ({'; '.join(changes[:3])}{more}); choose another folder")
-    return state.newest(run)
+        raise UserError(
+            f"{kept.parent} holds a run with another config ({'; '.join(changes[:3])}{more}); choose another folder"
+        )
+
+
+def _checkpoint_at(folder: Path) -> Path:
+    """The checkpoint that `--resume FOLDER` means: the folder itself, or a run's newest."""
+    newest = state.newest(folder) if (folder / state.FOLDER).is_dir() else folder
+    if newest is None:
+        raise UserError(f"run {folder} has no checkpoint to start from")
+    return newest
+
+
+def _check_checkpoint(start: Path, trainer: Trainer) -> None:
+    """Refuse a checkpoint of another model than the one to be trained, naming what differs."""
+    changes = differing(state.load(start).config, trainer.task.model_config())
+    if changes:
+        raise UserError(f"{start} holds another model than this recipe trains ({'; '.join(changes[:3])})")
 
 
 def _checked_data(recipe: Recipe, say: Callable[[str], None]) -> tuple[PictureSet, PictureSet | None, list[str]]:
@@ -137,4 +157,5 @@ def _describe(
     held_out = f", {len(validation):,} held out" if validation is not None else ""
     classes = f", {len(data.labels)} classes" if data.labels else ""
     say(f"{len(data):,} pictures{held_out}{classes}; {parameters / 1e6:.2f} M parameters on {trainer.device}")
-    say(str(trainer.estimate()))
+    if trainer.step < trainer.config.steps:
+        say(str(trainer.estimate()))

@@ -1,8 +1,9 @@
 """Checkpoints of a training run: whole or not at all, newest sound one first.
 
 A checkpoint is a folder `checkpoints/step-00001000/` with `model.safetensors` and `ema.safetensors` (each a complete
-model file), `optimizer.safetensors`, `state.json` and, written last, `manifest.json` with every file's size and SHA-256.
-It is written under a temporary name and renamed; only then are older ones removed. Nothing in it is a pickle.
+model file), `optimizer.safetensors`, `state.json` and, written last, `manifest.json` with the size and SHA-256 of every
+file. It is written under a temporary name, read back and compared, and renamed; only then are older ones removed. A
+checkpoint of the same step steps aside as `step-00001000.old` meanwhile. Nothing in it is a pickle.
 
 >>> import tempfile
 >>> newest(tempfile.mkdtemp()) is None
@@ -11,6 +12,7 @@ True
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -29,7 +31,9 @@ from sfumato.errors import ModelFileError, UserError
 FOLDER = "checkpoints"
 MODEL, AVERAGE, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 STATE, MANIFEST = "state.json", "manifest.json"
-_NAME = re.compile(r"step-(\d{8})$")
+_NAME = re.compile(r"step-(\d{8,})(\.old)?")
+_TEMPORARY = re.compile(r"step-\d{8,}\.tmp-\d+")
+_COUNTS = ("step", "ema_updates", "pictures")  # what `state.json` must hold, as whole numbers
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Checkpoint:
         tensors: weights as stored in a model file.
         average: the averaged weights, likewise.
         optimizer: the optimizer's tensors, "<parameter index>.<name>".
-        state: numbers: step, EMA updates, gradient scale.
+        state: numbers: step, EMA updates, number of pictures, gradient scale.
         config: the model's config, which travels inside both model files.
     """
 
@@ -60,34 +64,57 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
     final = run / FOLDER / f"step-{checkpoint.state['step']:08d}"
     temporary = final.with_name(f"{final.name}.tmp-{os.getpid()}")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _clear_left_over(final.parent)
         temporary.mkdir(parents=True)
         _write_files(temporary, checkpoint)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(temporary, final)
-        _sync_folder(final.parent)
+        if (problem := damage(temporary)) is not None:
+            raise UserError(f"could not save {final}: the disk did not keep what was written ({problem})")
+        _put_in_place(temporary, final)
     except OSError as error:
         raise UserError(f"could not save {final}: {explain_os_error(error)}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for _, old in _found(run)[keep:]:
+    for _, _, old in _found(run)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
+def _clear_left_over(folder: Path) -> None:
+    """Remove what processes that were killed while saving have left half-written."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if _TEMPORARY.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
+
+
 def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
-    write_model(folder / MODEL, checkpoint.tensors, checkpoint.config)
-    write_model(folder / AVERAGE, checkpoint.average, checkpoint.config)
-    write_model(folder / OPTIMIZER, checkpoint.optimizer, {})
-    write_bytes(folder / STATE, json.dumps(dict(checkpoint.state), indent=1, sort_keys=True).encode())
-    files = {
-        p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(folder.iterdir())
+    state = json.dumps(dict(checkpoint.state), indent=1, sort_keys=True).encode()
+    sums = {
+        MODEL: write_model(folder / MODEL, checkpoint.tensors, checkpoint.config),
+        AVERAGE: write_model(folder / AVERAGE, checkpoint.average, checkpoint.config),
+        OPTIMIZER: write_model(folder / OPTIMIZER, checkpoint.optimizer, {}),
+        STATE: hashlib.sha256(state).hexdigest(),
     }
+    write_bytes(folder / STATE, state)
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256} for name, sha256 in sums.items()}
     write_bytes(folder / MANIFEST, json.dumps(files, indent=1).encode())
     _sync_folder(folder)
 
 
+def _put_in_place(temporary: Path, final: Path) -> None:
+    """Rename; a checkpoint of the same step is removed only after the new one has its name."""
+    replaced = final.with_name(f"{final.name}.old")
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(final, replaced)
+    os.rename(temporary, final)
+    _sync_folder(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
 def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -95,12 +122,12 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _found(run: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of all finished checkpoints, newest first."""
+def _found(run: Path) -> list[tuple[int, bool, Path]]:
+    """(step, not replaced, folder) of all finished checkpoints, newest first."""
     folder = run / FOLDER
     if not folder.is_dir():
         return []
-    steps = [(int(m.group(1)), p) for p in folder.iterdir() if (m := _NAME.match(p.name))]
+    steps = [(int(m[1]), m[2] is None, p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name))]
     return sorted(steps, reverse=True)
 
 
@@ -111,23 +138,25 @@ def newest(run: str | Path) -> Path | None:
         ModelFileError: if there are checkpoints but not one of them is sound.
     """
     found = _found(Path(run))
-    for _, folder in found:
+    for _, _, folder in found:
         if damage(folder) is None:
             return folder
     if found:
-        raise ModelFileError(f"none of the {len(found)} checkpoints in {run} is sound: {damage(found[0][1])}")
+        raise ModelFileError(f"none of the {len(found)} checkpoints in {run} is sound: {damage(found[0][2])}")
     return None
 
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None: every file is compared with the manifest."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest.keys() != {MODEL, AVERAGE, OPTIMIZER, STATE}:
+            return f"{folder / MANIFEST} does not name the files of a checkpoint"
         for name, entry in manifest.items():
             file = folder / name
             if file.stat().st_size != entry["bytes"] or file_sha256(file) != entry["sha256"]:
                 return f"{file} does not match its manifest"
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return f"{folder} has no readable manifest or misses a file"
     return None
 
@@ -141,7 +170,10 @@ def load(folder: str | Path) -> Checkpoint:
         raise ModelFileError(problem)
     model, average = read_model(folder / MODEL), read_model(folder / AVERAGE)
     optimizer = read_model(folder / OPTIMIZER)
-    state = json.loads((folder / STATE).read_text())
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    for name in _COUNTS:
+        if not isinstance(state, dict) or not isinstance(state.get(name), int) or state[name] < 0:
+            raise ModelFileError(f"{folder / STATE} must hold {name!r} as a whole number")
     return Checkpoint(model.tensors, average.tensors, optimizer.tensors, state, model.config or {})
 
 
@@ -154,9 +186,23 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put stored tensors back into an optimizer over the same parameters."""
+    """Put stored tensors back into an optimizer over the same parameters.
+
+    Files hold tensors in row-major order. Fused optimizers walk a parameter and its moments through memory side by
+    side, so each moment gets the memory layout of its parameter (channels last, say) before it is handed over.
+
+    Raises:
+        ModelFileError: when the tensors belong to other parameters.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = tensor
+        index, _, name = key.partition(".")
+        parameter = parameters[int(index)] if index.isdecimal() and int(index) < len(parameters) else None
+        if parameter is None or tensor.shape not in (parameter.shape, ()):
+            raise ModelFileError(f"the optimizer's tensor {key} of shape {tuple(tensor.shape)} has no such parameter")
+        in_layout = tensor
+        if tensor.shape == parameter.shape:
+            in_layout = torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+        state.setdefault(int(index), {})[name] = in_layout
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,1 @@
+"""Layouts of model files other than our own, one module each."""

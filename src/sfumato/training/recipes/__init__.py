@@ -6,7 +6,7 @@ True
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -62,12 +62,19 @@ def load(name_or_file: str, overrides: Sequence[str] = (), data: str | None = No
     for override in overrides:
         _override(values, override)
     if data is not None:
-        values.setdefault("data", {})["path"] = data
+        _override_value(values, "data.path", data)
     method = values.get("recipe")
     if method not in METHODS:
         hint = nearest(str(method), METHODS)
         raise UserError(f"{where}: recipe must be one of {', '.join(METHODS)}, got {method!r}{hint}")
-    return parse(METHODS[method], values, where)
+    if isinstance(values.get("data", {}), dict) and "path" not in values.get("data", {}):
+        raise UserError(f"{where} names no data; give --data FOLDER, or data.path in the recipe")
+    recipe = parse(METHODS[method], values, where)
+    try:
+        recipe.check()
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return recipe
 
 
 def read_yaml(text: str, where: str) -> dict[str, Any]:
@@ -92,13 +99,18 @@ def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"{override!r} is not understood; write key=value, e.g. train.steps=1000")
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError):
+        raise UserError(f"{override!r}: the value is not readable YAML") from None
+    _override_value(values, key, value)
+
+
+def _override_value(values: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     inner: Any = values
     for parent in parents:
         inner = inner.setdefault(parent, {})
-        if not isinstance(inner, Mapping):
+        if not isinstance(inner, dict):
             raise UserError(f"{key}: {parent} is a value, not a group of keys")
-    try:
-        inner[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"{override!r}: the value is not readable YAML") from None
+    inner[last] = value

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sfumato.diffusion.objective import Loss
 from sfumato.images import sheet, to_pil
 from sfumato.networks.unet_2d import init_zero_outputs
-from sfumato.systems.config import PredictionConfig, SamplingConfig, ScheduleConfig, Strict
+from sfumato.systems.config import PredictionConfig, SamplingConfig, ScheduleConfig, Strict, parse
 from sfumato.systems.ddpm import DDPM, DDPMConfig, objective_from
 from sfumato.tasks.draw import draw
 from sfumato.training.config import TrainConfig
@@ -59,22 +59,30 @@ class DDPMRecipe(Strict):
         """What the trainer is given."""
         return DDPMTask(self, data, validation)
 
+    def check(self) -> None:
+        """Refuse a model or an objective that cannot be built; no weights are made. Raises `UserError`."""
+        model = DDPM.create(self.model_for(()), "meta")
+        objective_from(self.objective).check(model.denoiser)
+
+    def model_for(self, labels: Sequence[str]) -> DDPMConfig:
+        """The config of the model that this recipe trains on data with these classes."""
+        own = {
+            "size": self.data.size,
+            "channels": self.data.channels,
+            "labels": tuple(labels),
+            "objective": self.objective,
+        }
+        return parse(DDPMConfig, own | self.model.model_dump(), "model")
+
 
 class DDPMTask:
     """The trainer's view of a DDPM run (see `sfumato.training.trainer.Task`)."""
 
     def __init__(self, recipe: DDPMRecipe, data: PictureSet, validation: PictureSet | None) -> None:
         self.recipe, self.data, self.validation = recipe, data, validation
-        config = DDPMConfig(
-            size=recipe.data.size,
-            channels=recipe.data.channels,
-            labels=tuple(data.labels),
-            objective=recipe.objective,
-            **recipe.model.model_dump(),
-        )
         self.objective = objective_from(recipe.objective)
         torch.manual_seed(recipe.train.seed)
-        self.model = DDPM.create(config)
+        self.model = DDPM.create(recipe.model_for(data.labels))
         self.objective.check(self.model.denoiser)
         self.network: nn.Module = self.model.denoiser.network
         init_zero_outputs(self.model.denoiser.network)

@@ -1,0 +1,53 @@
+"""Numbers on the command line, and what is said when one is wrong.
+
+>>> whole(1)("12"), number(0)("1.5")
+(12, 1.5)
+>>> whole(1)("banana")
+Traceback (most recent call last):
+    ...
+typer.BadParameter: 'banana' is not a whole number
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import typer
+
+Number = TypeVar("Number", int, float)
+
+
+def whole(least: int) -> Callable[[str | int], int]:
+    """A parser of whole numbers of at least `least`; anything else is a `typer.BadParameter`."""
+
+    def parse(text: str | int) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise typer.BadParameter(f"{text!r} is not a whole number") from None
+        return _at_least(value, least)
+
+    return parse
+
+
+def number(least: float) -> Callable[[str | float], float]:
+    """A parser of finite numbers of at least `least`; anything else is a `typer.BadParameter`."""
+
+    def parse(text: str | float) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise typer.BadParameter(f"{text!r} is not a number") from None
+        if not math.isfinite(value):
+            raise typer.BadParameter(f"must be finite, got {text}")
+        return _at_least(value, least)
+
+    return parse
+
+
+def _at_least(value: Number, least: float) -> Number:
+    if value < least:
+        raise typer.BadParameter(f"must be at least {least}, got {value}")
+    return value
