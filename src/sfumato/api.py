@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sfumato import models
+from sfumato import __version__, models
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.grid import GRIDS
 from sfumato.diffusion.hooks import Hook, keep
 from sfumato.diffusion.solvers import Solver
 from sfumato.errors import ModelFileError, UserError, nearest, raise_unknown
 from sfumato.images import to_pil, with_settings
+from sfumato.networks.attention import attention_kernel
 from sfumato.systems import Opened, open_system
 from sfumato.tasks.draw import choose_solver, draw
 from sfumato.training import state
@@ -109,11 +110,40 @@ class Model:
         pictures: list[Image.Image] = []
         for start in range(0, count, _BATCH):
             seeds = range(first + start, first + min(start + _BATCH, count))
-            mine = labels[start : start + _BATCH]
-            batch = self._draw(seeds, mine, settings, sampler, on_step)
-            for one, name, picture in zip(seeds, mine, to_pil(batch.cpu()), strict=True):
-                pictures.append(with_settings(picture, settings | {"seed": one, "label": name}))
+            pictures += self._draw_batch(seeds, labels[start : start + _BATCH], settings, sampler, on_step)
         return pictures
+
+    def redraw(self, settings: Mapping[str, Any]) -> Image.Image:
+        """The picture that stored settings describe, drawn in the same batch as then.
+
+        Raises:
+            UserError: settings that are incomplete or do not fit this model.
+        """
+        known = ("steps", "sampler", "schedule", "guidance", "width", "height", "dtype")
+        try:
+            batch = settings["batch"]
+            first, index, labels = int(batch["seed"]), int(batch["index"]), list(batch["labels"])
+            chosen = {"model": self.name, "model_hash": self.sha256} | {key: settings[key] for key in known}
+        except (KeyError, TypeError, ValueError):
+            raise UserError("the settings are incomplete, so the picture cannot be drawn again") from None
+        self._refuse_what_does_not_apply(None, None, chosen["width"], chosen["height"])
+        if not 0 <= index < len(labels) <= _BATCH or not 0 <= first < 2**63 - _BATCH:
+            raise UserError("the settings name a batch that cannot be")
+        choose_solver(self.system, chosen["sampler"])
+        seeds = range(first, first + len(labels))
+        return self._draw_batch(seeds, labels, chosen, None, keep)[index]
+
+    def _draw_batch(
+        self, seeds: range, labels: list[str | None], settings: dict[str, Any], sampler: Any, on_step: Hook
+    ) -> list[Image.Image]:
+        """Pictures that are drawn together, each with its settings."""
+        x = self._draw(seeds, labels, settings, sampler, on_step)
+        together = {"seed": seeds.start, "labels": labels}
+        shared = settings | {"made_with": environment(self.device)}
+        return [
+            with_settings(picture, shared | {"seed": seed, "label": label, "batch": together | {"index": index}})
+            for index, (seed, label, picture) in enumerate(zip(seeds, labels, to_pil(x.cpu()), strict=True))
+        ]
 
     def _labels(self, label: str | Sequence[str] | None, count: int) -> list[str | None]:
         """One label per picture, or None for each; unknown ones are refused."""
@@ -180,6 +210,15 @@ class Model:
         for what, asked in (("width", width), ("height", height)):
             if asked is not None and asked != own:
                 raise UserError(f"model {self.name} draws {own} x {own} pixels; {what} {asked} cannot be had")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What pictures are made with, as far as it can change their bytes."""
+    made: dict[str, Any] = {"sfumato": __version__, "torch": str(torch.__version__), "device": device.type}
+    made |= {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
+    if device.type != "cpu":
+        made["gpu"] = str(torch.get_device_module(device).get_device_name(device))
+    return made | {"kernel": getattr(attention_kernel(), "__name__", "custom")}
 
 
 def load(path_or_name: str | Path | None = None, *, device: str = "auto", dtype: str = "auto") -> Model:

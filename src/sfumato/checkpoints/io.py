@@ -7,7 +7,7 @@ the end: a crash or a full disk leaves the old file or none, never half of one.
 
 >>> import tempfile, torch
 >>> folder = tempfile.mkdtemp()
->>> write_model(f"{folder}/m.safetensors", {"network.weight": torch.ones(2)}, {"system": "toy"})
+>>> sha256 = write_model(f"{folder}/m.safetensors", {"network.weight": torch.ones(2)}, {"system": "toy"})
 >>> read_model(f"{folder}/m.safetensors").config
 {'system': 'toy'}
 """
@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfumato.checkpoints import hashes
 from sfumato.errors import ModelFileError, UserError, nearest
 
 CONFIG_KEY = "sfumato"
@@ -64,7 +65,7 @@ def read_model(path: str | Path) -> ModelFile:
     try:
         header = read_header(path)
         tensors = load_file(path)
-        sha256 = file_sha256(path)
+        sha256 = hashes.sha256(path)
     except OSError as error:
         raise ModelFileError(f"{path} cannot be read: {explain_os_error(error)}") from None
     except (SafetensorError, RuntimeError, ArithmeticError, LookupError, TypeError) as error:
@@ -146,7 +147,8 @@ def write_model(path: str | Path, tensors: Mapping[str, Tensor], config: Mapping
     from safetensors.torch import save
 
     contiguous = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    data = save(contiguous, metadata={CONFIG_KEY: json.dumps(config, sort_keys=True), "format": "pt"})
+    # one metadata key only: safetensors writes several in no fixed order, and equal weights should make equal files
+    data = save(contiguous, metadata={CONFIG_KEY: json.dumps(config, sort_keys=True)})
     write_bytes(path, data)
     return hashlib.sha256(data).hexdigest()
 

@@ -111,7 +111,8 @@ def doctor() -> None:
     print(f"sfumato {__version__}, Python {platform.python_version()}, {platform.platform()}")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, computes on {default_device()}")
     capability = torch.backends.cpu.get_cpu_capability()
-    bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    mkldnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call,unused-ignore]
+    bf16 = mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     print(f"CPU: {capability}; bfloat16 {'runs natively' if bf16 else 'is emulated, so float32 is faster'}")
     if importlib.util.find_spec("torchvision") is not None:
         print("torchvision is installed: Sfumato does not need it, and a build that does not match torch breaks others")

@@ -54,9 +54,9 @@ def generate(
     height: Annotated[int | None, typer.Option(parser=whole(1), metavar="N", help="In pixels.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
-    out: Annotated[Path, typer.Option(help="FILE.png for one picture or a sheet; a folder takes <seed>.png.")] = Path(
-        "."
-    ),
+    out: Annotated[
+        Path, typer.Option(help="FILE.png for one picture or a sheet; a folder takes <seed>.png.")
+    ] = Path(),
     sheet: Annotated[bool, typer.Option("--sheet", help="One contact sheet of all pictures.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Describe what was made as JSON.")] = False,
@@ -191,7 +191,9 @@ def _save(pictures: list[Image.Image], paths: list[Path], sheet: bool, overwrite
         for picture, path in zip(pictures, paths, strict=True):
             images.save_picture(picture, path, overwrite=overwrite)
         return
-    settings = dict(pictures[0].info["sfumato"]) | {"count": len(pictures)}
+    first = dict(pictures[0].info["sfumato"])
+    first.pop("batch")
+    settings = first | {"sheet": [p.info["sfumato"]["seed"] for p in pictures]}
     whole = images.sheet(pictures, scale=max(1, 96 // opened.system.config.size))
     images.save_picture(whole, paths[0], settings, overwrite=overwrite)
 

@@ -13,7 +13,9 @@ from typing import Any
 import typer
 
 from sfumato.cli.describe import doctor, info, models_app
+from sfumato.cli.explain import explain_app
 from sfumato.cli.generate import edit, generate
+from sfumato.cli.replay import replay
 from sfumato.cli.train import recipes_app, train
 from sfumato.errors import UserError, nearest
 
@@ -28,9 +30,11 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(edit)
+app.command()(replay)
 app.command()(train)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(models_app, name="models")
+app.add_typer(explain_app, name="explain")
 app.command()(info)
 app.command()(doctor)
 
@@ -47,7 +51,7 @@ def _version(version: bool = typer.Option(False, "--version", help="Show the ver
 def main() -> None:
     """Run the command and exit: 0 done, 2 a user's error, in one sentence on stderr, 130 interrupted."""
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="sfumato", standalone_mode=False)
     except UserError as error:
         code = _refuse(str(error))
     except _UsageError as error:

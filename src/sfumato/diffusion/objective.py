@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfumato.condition import Condition
+from sfumato.diffusion.assignment import assign
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.level import NoiseLevel
 from sfumato.diffusion.likelihood import bound_term
@@ -41,11 +42,13 @@ class Loss:
         value: () the scalar to differentiate.
         per_picture: (B,) unweighted, detached: for curves by noise level.
         level: the levels (B,) that were drawn.
+        each: (B,) what every picture adds: weighted, with all terms, differentiable. `value` is its mean.
     """
 
     value: Tensor
     per_picture: Tensor
     level: NoiseLevel
+    each: Tensor
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,16 @@ class Objective:
     Attributes:
         loss: "l2", "l1" or "huber" (quadratic below `huber_delta`), of output against target.
         weighting: "uniform"; "p2", `(k + SNR)^-gamma` (Choi 2022); or "min_snr", `min(SNR, gamma)` on the squared
-            error of x0, carried over to any parameterization (Hang 2023).
+            error of x0, carried over to any parameterization (Hang 2023). With `min_snr_gamma` inf that is the plain
+            SNR: every parameterization is weighted like a uniform loss on eps.
         vlb_weight: lambda of the hybrid loss `L_simple + lambda T L_vlb` (Nichol 2021), in bits per dimension, for a
             network that learns its variance; the mean is detached there. 0 for none. Published value 0.001.
         continuous_data: the data are not 8-bit pictures: the bound's last term is a density.
         self_condition_rate: share of batches that see their own first estimate (a self-conditioned network).
+        offset_noise: strength of the noise that is added to a whole channel of a picture, `eps + s z`, z of shape
+            (B, C, 1, …): the model learns to change mean brightness (Guttenberg 2023; 0.1 is usual). 0 for none.
+        immiscible: give each picture of the batch the noise nearest to it, the assignment with the least total
+            distance (Li 2024).
 
     Raises:
         UserError: for an unknown loss or weighting, or a number outside its range.
@@ -74,6 +82,8 @@ class Objective:
     vlb_weight: float = 0.0
     continuous_data: bool = False
     self_condition_rate: float = 0.5
+    offset_noise: float = 0.0
+    immiscible: bool = False
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -83,8 +93,9 @@ class Objective:
         for name in ("huber_delta", "min_snr_gamma"):
             if getattr(self, name) <= 0:
                 raise UserError(f"objective.{name} must be positive, got {getattr(self, name)}")
-        if self.vlb_weight < 0:
-            raise UserError(f"objective.vlb_weight must not be negative, got {self.vlb_weight}")
+        for name in ("vlb_weight", "offset_noise"):
+            if getattr(self, name) < 0:
+                raise UserError(f"objective.{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.self_condition_rate <= 1:
             raise UserError(f"objective.self_condition_rate must lie in [0, 1], got {self.self_condition_rate}")
 
@@ -98,14 +109,33 @@ class Objective:
             raise UserError("objective.vlb_weight needs a network that learns its variance: set learned_variance: true")
 
     def __call__(
-        self, denoiser: Denoiser, x0: Tensor, condition: Condition | None = None, *, generator: torch.Generator
+        self,
+        denoiser: Denoiser,
+        x0: Tensor,
+        condition: Condition | None = None,
+        *,
+        generator: torch.Generator,
+        level: NoiseLevel | None = None,
+        eps: Tensor | None = None,
     ) -> Loss:
-        """Draw levels and noise from `generator` (CPU) and measure. `x0` is (B, …)."""
-        u = torch.rand(len(x0), generator=generator, dtype=torch.float64)
-        level = denoiser.schedule.level(denoiser.schedule.t_from_uniform(u))
-        eps = torch.randn(x0.shape, generator=generator).to(x0)
+        """Draw levels and noise from `generator` (CPU), unless they are given, and measure. `x0` is (B, …)."""
+        if level is None:
+            u = torch.rand(len(x0), generator=generator, dtype=torch.float64)
+            level = denoiser.schedule.level(denoiser.schedule.t_from_uniform(u))
+        eps = self.noise(x0, generator, eps)
         twice = denoiser.self_condition and float(torch.rand((), generator=generator)) < self.self_condition_rate
         return self.measure(denoiser, x0, level, eps, condition, look_twice=twice)
+
+    def noise(self, x0: Tensor, generator: torch.Generator, eps: Tensor | None = None) -> Tensor:
+        """The noise to train `x0` (B, C, …) with: unit normals, or the `eps` that is given, offset and assigned."""
+        if eps is None:
+            eps = torch.randn(x0.shape, generator=generator).to(x0)
+        if self.offset_noise:
+            whole_channel = (*x0.shape[:2], *(1 for _ in x0.shape[2:]))
+            eps = eps + self.offset_noise * torch.randn(whole_channel, generator=generator).to(x0)
+        if self.immiscible:
+            eps = eps[assign(torch.cdist(x0.flatten(1).float(), eps.flatten(1).float())).to(eps.device)]
+        return eps
 
     def measure(
         self,
@@ -126,12 +156,14 @@ class Objective:
                 previous = denoiser(x_t, level, condition).x0
         prediction = denoiser(x_t, level, condition, previous)
         error = self._distance(prediction.out, denoiser.parameterization.target(x0, eps, level))
-        value = (error * self.weight(denoiser, level).to(error)).mean()
+        each = error * self.weight(denoiser, level).to(error)
+        value = each.mean()
         if self.vlb_weight:
             frozen = denoiser.read(prediction.out.detach(), x_t, level, prediction.var_frac)
             term = bound_term(frozen, x0, x_t, level, denoiser.schedule, continuous=self.continuous_data)
-            value = value + self.vlb_weight * (denoiser.schedule.steps or 1000) * term.mean()
-        return Loss(value, error.detach(), level)
+            bound = self.vlb_weight * (denoiser.schedule.steps or 1000)
+            each, value = each + bound * term, value + bound * term.mean()
+        return Loss(value, error.detach(), level, each)
 
     def weight(self, denoiser: Denoiser, level: NoiseLevel) -> Tensor:
         """The weight of each level, (B,) float64, on the squared error of the network's output.

@@ -66,7 +66,7 @@ class DDPMConfig(Strict):
         try:
             UNet2DConfig.from_dict(network)
         except (TypeError, AttributeError, ZeroDivisionError) as error:
-            raise ValueError(f"a value of the network is of the wrong type or zero ({error})") from None
+            raise UserError(f"a value is of the wrong type or zero ({error})") from None
         return network
 
     def unet(self) -> UNet2DConfig:

@@ -1,7 +1,7 @@
 """What a person sees of a training run: a progress bar on a terminal, plain lines elsewhere, `metrics.jsonl` always.
 
->>> duration(3725)
-'1 h 02 min'
+>>> duration(7500)
+'2 h 05 min'
 >>> duration(42)
 '42 s'
 """
@@ -14,6 +14,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from sfumato.checkpoints.io import explain_os_error, write_bytes
+from sfumato.errors import UserError
+
+METRICS = "metrics.jsonl"
+
 
 def duration(seconds: float) -> str:
     """A length of time in words a person would use."""
@@ -25,6 +30,12 @@ def duration(seconds: float) -> str:
 
 class Reporter:
     """Writes `metrics.jsonl` and tells the terminal. Only the main process speaks.
+
+    A line is about the steps since the last one of its kind. Of training: `step`, `loss` (null when every step was left
+    out), `loss_by_level` (eight noise levels, noisiest first; null where nothing was drawn), `lr`, `grad_norm` of the
+    last step, `skipped` (steps left out because they were not finite), `pictures_per_second`, `data_wait_share` (of the
+    time, spent waiting for pictures) and `seconds_left`. Of validation: `step`, `validation_loss`,
+    `validation_by_level`. A run that goes on from step s drops the lines after s, which it will write again.
 
     Args:
         run: the run's folder.
@@ -39,6 +50,8 @@ class Reporter:
         self._task: Any = None
 
     def __enter__(self) -> Reporter:
+        if self.speaks:
+            self._drop_lines_after_start()
         if self.speaks and sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -72,11 +85,16 @@ class Reporter:
         """Append one line to `metrics.jsonl` and show its main figures."""
         if not self.speaks:
             return
-        with (self.run / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        path = self.run / METRICS
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(f"could not write {path}: {explain_os_error(error)}") from None
         shown = [f"step {record['step']:>7}/{self.total}"]
         for key, form in (("loss", ".4f"), ("validation_loss", ".4f"), ("lr", ".2e"), ("pictures_per_second", ".1f")):
-            if key in record:
+            if record.get(key) is not None:
                 shown.append(f"{key.replace('_', ' ')} {record[key]:{form}}")
         if "seconds_left" in record:
             shown.append(f"{duration(record['seconds_left'])} left")
@@ -86,3 +104,24 @@ class Reporter:
             if "validation_loss" not in record:
                 return
         self.say(line)
+
+    def _drop_lines_after_start(self) -> None:
+        """Leave the lines up to the first step in `metrics.jsonl`, without what an interrupted run wrote after it."""
+        path = self.run / METRICS
+        if not path.is_file():
+            return
+        try:
+            lines = path.read_bytes().splitlines(keepends=True)
+        except OSError as error:
+            raise UserError(f"could not read {path}: {explain_os_error(error)}") from None
+        kept = [line for line in lines if _step_of(line) <= self.start]
+        if kept != lines:
+            write_bytes(path, b"".join(kept))
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a whole line of `metrics.jsonl`; infinity for a torn one."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith(b"\n") else float("inf")
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

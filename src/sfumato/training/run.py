@@ -48,18 +48,20 @@ def train(
         UserError: before anything is written, when something does not fit.
     """
     start = _where_to_start(recipe, run, resume)
-    data, validation, bad = _checked_data(recipe, say)
+    data, validation, bad = _checked_data(recipe)
     trainer = Trainer(recipe.task(data, validation), recipe.train, run, device)
+    if trainer.rank != 0:
+        say = _say_nothing
+    if bad:
+        say(f"{len(bad)} pictures are bad and left out; they are listed in {QUARANTINE}")
     if start is not None:
         _check_checkpoint(start, trainer)
         trainer.resume(start)
         say(f"going on from {start} at step {trainer.step}")
-    if trainer.rank == 0:
-        _describe(trainer, data, validation, say)
+    _describe(trainer, data, validation, say)
     if dry_run:
         return "dry run"
     if trainer.rank == 0:
-        run.mkdir(parents=True, exist_ok=True)
         write_bytes(run / CONFIG, dump(recipe).encode())
         if bad:
             write_bytes(run / QUARANTINE, "".join(line + "\n" for line in bad).encode())
@@ -138,15 +140,17 @@ def _check_checkpoint(start: Path, trainer: Trainer) -> None:
         raise UserError(f"{start} holds another model than this recipe trains ({'; '.join(changes[:3])})")
 
 
-def _checked_data(recipe: Recipe, say: Callable[[str], None]) -> tuple[PictureSet, PictureSet | None, list[str]]:
-    """Open the data and every picture in it."""
+def _say_nothing(_: str) -> None:
+    """For all processes but the main one."""
+
+
+def _checked_data(recipe: Recipe) -> tuple[PictureSet, PictureSet | None, list[str]]:
+    """The training and validation pictures, every one of them opened once, and a line on each that is bad."""
     data, validation = open_data(recipe.data)
     bad = []
     for pictures in (data, validation):
         if pictures is not None:
             bad += [f"{b.key}: {b.reason}" for b in check_all(pictures)]
-    if bad:
-        say(f"{len(bad)} pictures are bad and left out; they are listed in {QUARANTINE}")
     return data, validation, bad
 
 

@@ -9,13 +9,16 @@ noise are all derived from the seed and the step, so that a resumed run goes on 
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
-import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sfumato.checkpoints.io import write_model
+from sfumato.checkpoints.io import load_strictly, replacing, write_model
 from sfumato.diffusion.objective import Loss
 from sfumato.errors import UserError
 from sfumato.random import derived_seed
@@ -82,10 +85,19 @@ class TrainingFailed(RuntimeError):
 
 @dataclass
 class Tally:
-    """Sums between two log lines."""
+    """Sums between two log lines.
+
+    Attributes:
+        loss: sum over pictures of the losses that were taken. pictures: how many those are.
+        seen: pictures that were looked at, in steps that were left out too. skipped: how many steps those are.
+        level_sums, level_counts: losses and pictures of each noise level.
+        since: when it began, moved on by time that was spent on anything but training.
+    """
 
     loss: float = 0.0
     pictures: int = 0
+    seen: int = 0
+    skipped: int = 0
     level_sums: Tensor = field(default_factory=lambda: torch.zeros(len(LEVEL_EDGES) + 1, dtype=torch.float64))
     level_counts: Tensor = field(default_factory=lambda: torch.zeros(len(LEVEL_EDGES) + 1, dtype=torch.float64))
     since: float = field(default_factory=time.perf_counter)
@@ -95,14 +107,30 @@ class Tally:
         count = len(loss.per_picture)
         self.loss += float(loss.value.detach()) * count
         self.pictures += count
+        self.seen += count
         bins = level_bin(loss.level.half_log_snr)
-        self.level_sums.index_add_(0, bins, loss.per_picture.double().cpu())
+        self.level_sums.index_add_(0, bins, loss.per_picture.cpu().double())
         self.level_counts.index_add_(0, bins, torch.ones(count, dtype=torch.float64))
 
+    def take(self, step: Tally) -> None:
+        """Count in what a whole step measured; a step whose loss is not finite adds to `seen` and `skipped` only."""
+        self.seen += step.seen
+        self.skipped += step.skipped
+        if math.isfinite(step.loss):
+            self.loss += step.loss
+            self.pictures += step.pictures
+            self.level_sums += step.level_sums
+            self.level_counts += step.level_counts
+
+    @property
+    def mean(self) -> float | None:
+        """Mean loss, None when nothing was counted or it is not finite."""
+        return self.loss / self.pictures if self.pictures and math.isfinite(self.loss) else None
+
     def by_level(self) -> list[float | None]:
-        """Mean loss of each noise level, None where nothing was drawn."""
+        """Mean loss of each noise level, None where nothing was drawn or it is not finite."""
         pairs = zip(self.level_sums.tolist(), self.level_counts.tolist(), strict=True)
-        return [round(s / n, 6) if n else None for s, n in pairs]
+        return [round(s / n, 6) if n and math.isfinite(s) else None for s, n in pairs]
 
 
 def level_bin(half_log_snr: Tensor) -> Tensor:
@@ -112,16 +140,23 @@ def level_bin(half_log_snr: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will take, measured on two steps: seconds per step, bytes of memory at the peak."""
+    """What a run will take, measured on two micro-batches.
+
+    Attributes:
+        seconds_per_step: of one optimizer step.
+        memory: bytes at the peak, None where the system does not tell.
+        steps: that are left.
+    """
 
     seconds_per_step: float
-    memory: int
+    memory: int | None
     steps: int
 
     def __str__(self) -> str:
+        memory = f" and {self.memory / 2**30:.1f} GiB of memory" if self.memory is not None else ""
         return (
             f"about {duration(self.seconds_per_step * self.steps)} for {self.steps:,} steps "
-            f"({self.seconds_per_step:.2f} s each) and {self.memory / 2**30:.1f} GiB of memory"
+            f"({self.seconds_per_step:.2f} s each){memory}"
         )
 
 
@@ -147,8 +182,16 @@ class Trainer:
         self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.step, self.bad_steps, self.stop_asked = 0, 0, False
+        self._saved_step: int | None = None
+        self._wrapped: nn.Module | None = None
         if self.accelerator:
-            task.wrap(self.accelerator.prepare)
+            task.wrap(self._prepare)
+
+    def _prepare(self, network: nn.Module) -> nn.Module:
+        """Wrap the network for data parallel training, remembering the wrapper."""
+        wrapped: nn.Module = self.accelerator.prepare(network)
+        self._wrapped = wrapped
+        return wrapped
 
     def _optimizer(self) -> torch.optim.AdamW:
         o = self.config.optimizer
@@ -157,22 +200,43 @@ class Trainer:
         )
 
     def resume(self, folder: Path) -> None:
-        """Take over weights, averages, optimizer state and step of a checkpoint."""
+        """Take over weights, averages, optimizer state and step of a checkpoint.
+
+        Raises:
+            UserError: when the pictures are others than then (their number, names or classes).
+            ModelFileError: when the checkpoint is damaged, or of another network.
+        """
         kept = checkpoints.load(folder)
         if kept.state["pictures"] != len(self.task.data):
             raise UserError(
                 f"the data have changed since {folder}: {kept.state['pictures']} pictures then, "
                 f"{len(self.task.data)} now; start a new run for them"
             )
-        self.task.network.load_state_dict(self.task.weights(dict(kept.tensors)))
+        if kept.state.get("data", self._data_sum) != self._data_sum:
+            raise UserError(
+                f"the data have changed since {folder}: as many pictures, but other names or classes; "
+                "start a new run for them"
+            )
+        load_strictly(self.task.network, self.task.weights(dict(kept.tensors)), what=str(folder))
         self.ema.load(self.task.weights(dict(kept.average)), kept.state["ema_updates"])
         checkpoints.restore_optimizer(self.optimizer, kept.optimizer)
         if self.config.precision == "fp16" and kept.state.get("scaler"):
             self.scaler.load_state_dict(kept.state["scaler"])
         self.step = kept.state["step"]
 
+    @cached_property
+    def _data_sum(self) -> str:
+        """SHA-256 of the training pictures' names and classes, in order."""
+        digest = hashlib.sha256()
+        for i, record in enumerate(self.task.data.records):
+            digest.update(f"{record.key}\0{self.task.data.label_of(i)}\0".encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
     def estimate(self) -> Estimate:
-        """Measure forward and backward on two micro-batches; weights and optimizer are left as they were."""
+        """Measure forward and backward on two micro-batches; weights and optimizer are left as they were.
+
+        With several processes, all of them have to call it.
+        """
         batches = self._batches()
         times = []
         for micro in range(2):
@@ -182,83 +246,117 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         steps = self.config.steps - self.step
         optimizer_state = 2 * sum(p.numel() * p.element_size() for p in self.task.network.parameters())
-        return Estimate(min(times) * self.config.accumulate, _peak_memory(self.device) + optimizer_state, steps)
+        peak = _peak_memory(self.device)
+        memory = peak + optimizer_state if peak is not None else None
+        return Estimate(min(times) * self.config.accumulate, memory, steps)
 
     def train(self) -> None:
         """Run to the last step, or until asked to stop (Ctrl-C), saving on the way.
 
         Raises:
             TrainingFailed: after three steps in a row whose loss or gradient is not finite.
+            UserError: when a checkpoint, sample sheet or metrics line cannot be written; older checkpoints stay.
         """
         config, batches, tally = self.config, self._batches(), Tally()
+        stopped, self.stop_asked = False, False
         stream = batches.prefetch(self.step * config.accumulate)
         with Reporter(self.run, config.steps, self.step, speaks=self.rank == 0) as report, self._stopping(report):
             try:
-                while self.step < config.steps and not self.stop_asked:
+                while self.step < config.steps and not (stopped := self._in_any_process(self.stop_asked)):
                     grad_norm = self._one_step(stream, tally, report)
                     report.advance(self.step)
                     last = self.step == config.steps
                     if self.step % config.log_every == 0 or last:
                         report.metrics(self._record(tally, grad_norm, batches))
                         batches.waited_seconds, tally = 0.0, Tally()
-                    if _due(self.step, config.validate_every, last) and self.task.validation is not None:
-                        report.metrics({"step": self.step, **self.validate()})
-                    if _due(self.step, config.sample_every, last) and self.rank == 0:
-                        self._sample_sheet()
-                    if _due(self.step, config.save_every, last):
+                    began = time.perf_counter()
+                    self._at_intervals(report, last)
+                    tally.since += time.perf_counter() - began
+                if stopped:
+                    if self._saved_step != self.step:
                         self.save()
-                if self.stop_asked and self.step < config.steps:
-                    self.save()
                     report.say(f"stopped and saved at step {self.step}; the same command goes on from here")
             finally:
                 stream.close()
 
+    def _at_intervals(self, report: Reporter, last: bool) -> None:
+        """Validate, draw and save when it is time to."""
+        config = self.config
+        if _due(self.step, config.validate_every, last) and self.task.validation is not None:
+            report.metrics({"step": self.step, **self.validate()})
+        if _due(self.step, config.sample_every, last) and self.rank == 0:
+            self._sample_sheet()
+        if _due(self.step, config.save_every, last):
+            self.save()
+
     def _one_step(self, stream: Iterator[Batch], tally: Tally, report: Reporter) -> float:
         """Accumulate, clip, update. Returns the gradient's norm."""
-        config, parameters = self.config, list(self.task.network.parameters())
+        config, parameters, this = self.config, list(self.task.network.parameters()), Tally()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
-        seen = []
+        indices = []
         for micro in range(config.accumulate):
             batch = next(stream)
-            seen += batch.indices.tolist()
-            tally.add(self._backward(batch, self.step * config.accumulate + micro))
+            indices += batch.indices.tolist()
+            number, last = self.step * config.accumulate + micro, micro == config.accumulate - 1
+            this.add(self._backward(batch, number, add_up=last))
         self.scaler.unscale_(self.optimizer)
         norm = float(nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm or float("inf")))
-        if torch.isfinite(torch.tensor(norm)) or self.scaler.is_enabled():
+        bad_loss = self._in_any_process(not math.isfinite(this.loss))
+        if math.isfinite(norm) and not bad_loss:
             self.scaler.step(self.optimizer)
             self.ema.update()
             self.bad_steps = 0
         else:
-            self._skip(seen, report)
+            this.skipped = 1
+            # a gradient that overflows in fp16 is how the scaler finds its scale, as long as that can still shrink
+            if bad_loss or not self.scaler.is_enabled() or self.scaler.get_scale() <= 1:
+                self._skip(indices, report)
+        tally.take(this)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return norm
 
-    def _backward(self, batch: Batch, number: int) -> Loss:
-        """Loss and gradient of one micro-batch, its randomness derived from its number."""
+    def _backward(self, batch: Batch, number: int, *, add_up: bool = True) -> Loss:
+        """Loss and gradient of one micro-batch, its randomness derived from its number.
+
+        Args:
+            add_up: whether the gradients of all processes are averaged now or with a later micro-batch.
+        """
         config = self.config
         torch.manual_seed(derived_seed("dropout", config.seed, number, self.rank))
         generator = torch.Generator().manual_seed(derived_seed("noise", config.seed, number, self.rank))
         self.task.network.train()
-        with self._autocast():
-            loss = self.task.loss(batch, generator, self.device)
-        scaled = self.scaler.scale(loss.value / config.accumulate)
-        if self.accelerator:
-            self.accelerator.backward(scaled)
-        else:
-            scaled.backward()
+        alone: AbstractContextManager[Any] = nullcontext()
+        if self.accelerator and not add_up:
+            alone = self.accelerator.no_sync(self._wrapped)
+        with alone:
+            with self._autocast():
+                loss = self.task.loss(batch, generator, self.device)
+            torch.autograd.backward(self.scaler.scale(loss.value / config.accumulate))
         return loss
 
+    def _in_any_process(self, flag: bool) -> bool:
+        """Whether a flag is set in any process, so that all of them decide alike."""
+        if self.accelerator is None:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor([float(flag)], device=self.device), "sum").item())
+
     def _skip(self, indices: list[int], report: Reporter) -> None:
+        """Tell of a step that was left out; give up after too many in a row."""
         self.bad_steps += 1
-        names = ", ".join(self.task.data.records[i].key for i in indices[:4])
-        report.say(f"step {self.step}: loss or gradient is not finite; the step is left out (pictures {names} …)")
+        if self.accelerator:
+            from accelerate.utils import gather_object
+
+            indices = gather_object(indices)
+        names = ", ".join(self.task.data.records[i].key for i in indices[:4]) + (" …" if len(indices) > 4 else "")
+        report.say(f"step {self.step}: loss or gradient is not finite; the step is left out (pictures {names})")
         if self.bad_steps >= _MAX_BAD_STEPS:
             raise TrainingFailed(
                 f"{_MAX_BAD_STEPS} steps in a row were not finite, up to step {self.step}; lower "
-                "train.optimizer.lr or use train.precision=fp32, and start again from the last checkpoint"
+                "train.optimizer.lr or use train.precision=fp32, and start again from the last checkpoint "
+                "(--resume CHECKPOINT, in a new folder)"
             )
 
     def learning_rate(self, step: int) -> float:
@@ -277,22 +375,24 @@ class Trainer:
         """Loss of the averaged weights on held-out pictures, at levels and noise that never change."""
         assert self.task.validation is not None
         tally, generator = Tally(), torch.Generator().manual_seed(derived_seed("validation", self.config.seed))
+        size = self.config.batch // self.config.accumulate
+        count = min(len(self.task.validation), self.config.validation_pictures)
         with self._averaged():
-            for batch in self.task.validation.in_order(self.config.batch // self.config.accumulate):
+            for start in range(0, count, size):
+                batch = self.task.validation.gather(range(start, min(start + size, count)))
                 with self._autocast():
                     tally.add(self.task.loss(batch, generator, self.device))
-                if tally.pictures >= self.config.validation_pictures:
-                    break
-        return {"validation_loss": tally.loss / tally.pictures, "validation_by_level": tally.by_level()}
+        return {"validation_loss": tally.mean, "validation_by_level": tally.by_level()}
 
     def _sample_sheet(self) -> None:
-        folder = self.run / "samples"
-        folder.mkdir(exist_ok=True)
         with self._averaged():
-            self.task.draw(self.config.samples, self.config.sample_steps).save(folder / f"step-{self.step:08d}.png")
+            picture = self.task.draw(self.config.samples, self.config.sample_steps)
+        with replacing(self.run / "samples" / f"step-{self.step:08d}.png") as temporary:
+            picture.save(temporary, "PNG")
 
     def save(self) -> None:
-        """Write a checkpoint (main process only)."""
+        """Write a checkpoint (main process only). Raises `UserError` when it cannot be written."""
+        self._saved_step = self.step
         if self.rank != 0:
             return
         raw = dict(self.task.network.state_dict())
@@ -301,6 +401,7 @@ class Trainer:
             "step": self.step,
             "ema_updates": self.ema.updates,
             "pictures": len(self.task.data),
+            "data": self._data_sum,
             "torch": torch.__version__,
         }
         if self.scaler.is_enabled():
@@ -327,19 +428,32 @@ class Trainer:
         return path
 
     def _record(self, tally: Tally, grad_norm: float, batches: Batches) -> dict[str, Any]:
-        seconds = time.perf_counter() - tally.since
-        rate = tally.pictures * self.world / seconds
+        """The line of `metrics.jsonl` for the steps since the last one; its keys are listed in `Reporter`."""
+        seconds = max(time.perf_counter() - tally.since, 1e-9)
+        rate = tally.seen * self.world / seconds
         left = (self.config.steps - self.step) * self.config.batch / rate
+        self._add_up(tally)
         return {
             "step": self.step,
-            "loss": tally.loss / tally.pictures,
+            "loss": tally.mean,
             "loss_by_level": tally.by_level(),
             "lr": self.learning_rate(self.step - 1),
-            "grad_norm": grad_norm,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            "skipped": tally.skipped,
             "pictures_per_second": rate,
             "data_wait_share": batches.waited_seconds / seconds,
             "seconds_left": left,
         }
+
+    def _add_up(self, tally: Tally) -> None:
+        """Put the sums over all processes into a tally."""
+        if self.accelerator is None:
+            return
+        own = torch.tensor([tally.loss, tally.pictures], dtype=torch.float64)
+        sums = torch.cat([own, tally.level_sums, tally.level_counts]).to(self.device)
+        total = self.accelerator.reduce(sums, "sum").cpu()
+        tally.loss, tally.pictures = float(total[0]), int(total[1])
+        tally.level_sums, tally.level_counts = total[2:].chunk(2)
 
     def _batches(self) -> Batches:
         config = self.config
@@ -370,7 +484,8 @@ class Trainer:
             if self.stop_asked:
                 raise KeyboardInterrupt
             self.stop_asked = True
-            report.say("stopping after this step (Ctrl-C again to stop at once, unsaved)")
+            with suppress(RuntimeError):  # the signal came in the middle of printing another line
+                report.say("stopping after this step (Ctrl-C again to stop at once, unsaved)")
 
         try:
             before = signal.signal(signal.SIGINT, ask)
@@ -394,17 +509,26 @@ def _accelerator(device: torch.device | None) -> Any:
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
         return None
     try:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
     except ImportError:
         raise UserError("training in several processes needs accelerate: pip install sfumato[train]") from None
-    return Accelerator(cpu=device is not None and device.type == "cpu")
+    # buffers are the same everywhere; sending them around would make the main process wait when it draws alone
+    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    cpu = device is not None and device.type == "cpu"
+    return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=handlers)
 
 
 def _due(step: int, every: int, last: bool) -> bool:
     return every > 0 and (step % every == 0 or last)
 
 
-def _peak_memory(device: torch.device) -> int:
+def _peak_memory(device: torch.device) -> int | None:
+    """Bytes at the peak so far, None where the system does not tell."""
     if device.type != "cpu":
         return int(torch.accelerator.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sfumato.checkpoints.io import file_sha256, read_model
+from sfumato.checkpoints.io import read_model
 from sfumato.errors import ModelFileError
 
 INDEX = "model_index.json"
@@ -57,4 +57,5 @@ def read_component(folder: Path) -> Component:
         pickles = [p.name for p in folder.glob("*.bin")]
         hint = f"; {pickles[0]} is a pickle and is not opened" if pickles else ""
         raise ModelFileError(f"{folder} holds no safetensors weights ({_WEIGHTS[0]}){hint}")
-    return Component(read_json(folder / "config.json"), read_model(weights).tensors, file_sha256(weights))
+    file = read_model(weights)
+    return Component(read_json(folder / "config.json"), file.tensors, file.sha256)

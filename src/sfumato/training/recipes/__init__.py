@@ -64,7 +64,7 @@ def load(name_or_file: str, overrides: Sequence[str] = (), data: str | None = No
     if data is not None:
         _override_value(values, "data.path", data)
     method = values.get("recipe")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         hint = nearest(str(method), METHODS)
         raise UserError(f"{where}: recipe must be one of {', '.join(METHODS)}, got {method!r}{hint}")
     if isinstance(values.get("data", {}), dict) and "path" not in values.get("data", {}):
@@ -78,21 +78,46 @@ def load(name_or_file: str, overrides: Sequence[str] = (), data: str | None = No
 
 
 def read_yaml(text: str, where: str) -> dict[str, Any]:
-    """A YAML mapping, aliases refused. Raises `UserError` with the line of the first problem."""
+    """A YAML mapping; aliases and repeated keys are refused. Raises `UserError` with the line of the first problem."""
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise UserError(f"{where}: YAML aliases are not allowed")
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise UserError(f"{where}:{_line(event.start_mark)} YAML aliases are not allowed")
+        if (repeated := _repeated_key(yaml.compose(text, Loader=yaml.SafeLoader))) is not None:
+            raise UserError(f"{where}:{_line(repeated.start_mark)} the key {repeated.value!r} comes twice")
         values = yaml.safe_load(text)
+    except UserError:
+        raise
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}:" if mark else ""
+        line = _line(getattr(error, "problem_mark", None))
         problem = getattr(error, "problem", None) or "not readable"
         raise UserError(f"{where}:{line} malformed YAML ({problem})") from None
     except RecursionError:
         raise UserError(f"{where}: YAML nested too deeply") from None
+    except ValueError as error:  # a date or number that looks right and is not
+        raise UserError(f"{where}: malformed YAML ({error})") from None
     if not isinstance(values, dict):
         raise UserError(f"{where}: a recipe is a mapping of keys to values")
     return values
+
+
+def _line(mark: Any) -> str:
+    """The place of a YAML problem as a part of a sentence."""
+    return f" line {mark.line + 1}:" if mark else ""
+
+
+def _repeated_key(node: yaml.Node | None) -> yaml.ScalarNode | None:
+    """The first key that a mapping somewhere under `node` has twice."""
+    seen: set[str] = set()
+    inner: list[yaml.Node] = list(node.value) if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    return key
+                seen.add(key.value)
+            inner.append(value)
+    return next((found for child in inner if (found := _repeated_key(child)) is not None), None)
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -101,7 +126,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         raise UserError(f"{override!r} is not understood; write key=value, e.g. train.steps=1000")
     try:
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"{override!r}: the value is not readable YAML") from None
     _override_value(values, key, value)
 

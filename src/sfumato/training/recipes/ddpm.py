@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from PIL import Image
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sfumato.diffusion.objective import Loss
 from sfumato.images import sheet, to_pil
-from sfumato.networks.unet_2d import init_zero_outputs
+from sfumato.networks.unet_2d import UNet2DModel, init_zero_outputs
 from sfumato.systems.config import PredictionConfig, SamplingConfig, ScheduleConfig, Strict, parse
 from sfumato.systems.ddpm import DDPM, DDPMConfig, objective_from
 from sfumato.tasks.draw import draw
@@ -87,7 +87,7 @@ class DDPMTask:
         self.network: nn.Module = self.model.denoiser.network
         init_zero_outputs(self.model.denoiser.network)
         if recipe.train.gradient_checkpointing:
-            self.model.denoiser.network.enable_gradient_checkpointing()
+            cast(UNet2DModel, self.network).enable_gradient_checkpointing()
 
     def wrap(self, prepare: Callable[[nn.Module], nn.Module]) -> None:
         self.model.denoiser.network = prepare(self.network)

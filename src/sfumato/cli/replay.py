@@ -1,0 +1,34 @@
+"""`sfumato replay`: a picture again, from its own file.
+
+>>> replay.__name__
+'replay'
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sfumato.errors import UserError
+
+
+def replay(
+    picture: Annotated[Path, typer.Argument(help="A picture drawn by Sfumato.")],
+    out: Annotated[Path, typer.Option(help="Where the regenerated picture goes.")],
+    model: Annotated[str | None, typer.Option(help="Where its model is, if it is not found by itself.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
+) -> None:
+    """Regenerate a picture from the settings it carries; on the same machine the same bytes."""
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists already; choose another --out, or add --overwrite")
+    from sfumato import images
+    from sfumato import replay as replaying
+
+    again = replaying.replay(picture, model)
+    images.save_picture(again.picture, out, overwrite=overwrite)
+    for difference in again.differences:
+        print(f"differs: {difference}")
+    same = not again.differences and picture.suffix == out.suffix and picture.read_bytes() == out.read_bytes()
+    print(f"{out}: {'the same bytes' if same else 'the nearest picture'}")

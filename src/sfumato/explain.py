@@ -1,0 +1,221 @@
+"""Figures that explain diffusion, drawn from the real thing: a picture, a schedule, a model, a run.
+
+Each function returns a matplotlib `Figure` (`pip install sfumato[explain]`); `sfumato explain` saves them.
+
+>>> figure = schedules(["linear", "cosine"])
+>>> len(figure.axes)
+3
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sfumato.api import Model
+from sfumato.diffusion.denoiser import Denoiser, Prediction
+from sfumato.diffusion.level import NoiseLevel
+from sfumato.diffusion.objective import Objective
+from sfumato.diffusion.parameterization import X0
+from sfumato.diffusion.posterior import renoise
+from sfumato.diffusion.schedule import Schedule
+from sfumato.errors import UserError, raise_unknown
+from sfumato.images import from_pil, to_pil
+from sfumato.random import NoiseSource
+from sfumato.systems.config import ScheduleConfig
+from sfumato.training.trainer import LEVEL_EDGES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_COLUMNS = 8
+_DRAWS = 64  # noisings of the picture over which the two ways are compared
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "linear": {"name": "linear"},
+    "scaled_linear": {"name": "scaled_linear", "start": 0.00085, "end": 0.012},
+    "cosine": {"name": "cosine"},
+    "sigmoid": {"name": "sigmoid"},
+    "scaled_linear_zero_snr": {
+        "name": "scaled_linear", "start": 0.00085, "end": 0.012, "zero_terminal_snr": True,
+    },
+    "flow": {"name": "flow"},
+}  # fmt: skip
+
+
+def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[list[Axes]]]:
+    try:
+        from matplotlib.figure import Figure as NewFigure
+    except ImportError:
+        raise UserError("figures need matplotlib: pip install sfumato[explain]") from None
+    figure = NewFigure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False).tolist()
+
+
+def _show(axes: Axes, picture: Tensor, title: str = "") -> None:
+    """A picture (C, H, W) in [-1, 1] without ticks."""
+    axes.imshow(to_pil(picture.clamp(-1, 1)[None])[0], interpolation="nearest", cmap="gray")
+    axes.set_title(title, fontsize=8)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _schedule(name: str) -> Schedule:
+    if name not in SCHEDULES:
+        raise_unknown("schedule", name, SCHEDULES)
+    return ScheduleConfig(**SCHEDULES[name]).build()
+
+
+def forward(picture: Image.Image, schedule: str = "linear", seed: int = 0) -> Figure:
+    """The forward process on a real picture, twice: step by step through the chain, and in one jump.
+
+    The two strips differ in their noise but not in distribution: the lower panels compare, over 64 noisings, the mean and
+    the standard deviation of what was added to `alpha x0` (which should be 0 and `sigma`; Ho 2020, eq. 4).
+    """
+    path = _schedule(schedule)
+    if path.steps is None:
+        raise UserError(f"schedule {schedule!r} is continuous: it has no chain to go through step by step")
+    x0 = from_pil([picture])
+    shown = torch.linspace(0, path.steps - 1, _COLUMNS).round().long().tolist()
+    chain, jump = _noised(x0, path, shown, seed)
+    figure, rows = _figure(3, _COLUMNS, 1.35 * _COLUMNS, 5.2)
+    for column, t in enumerate(shown):
+        _show(rows[0][column], chain[column][0], f"t = {t}")
+        _show(rows[1][column], jump[column][0])
+        _compare(rows[2][column], path.level(t), x0, chain[column], jump[column])
+    rows[0][0].set_ylabel("step by step", fontsize=8)
+    rows[1][0].set_ylabel("in one jump", fontsize=8)
+    rows[2][0].set_ylabel("added noise", fontsize=8)
+    figure.suptitle(f"Forward process, {schedule} schedule: x_t = alpha x0 + sigma eps", fontsize=10)
+    return figure
+
+
+def _noised(x0: Tensor, path: Schedule, shown: list[int], seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    """(by the chain, in one jump) at the times shown, each (64, C, H, W)."""
+    many = x0.expand(_DRAWS, -1, -1, -1)
+    noise = NoiseSource(range(seed, seed + _DRAWS), x0.shape[1:])
+    x, chain, jump = path.level(0).noise(many, noise.draw()), [], []
+    for t in range(shown[-1] + 1):
+        if t > 0:
+            x = renoise(x, path.level(t - 1), path.level(t), noise.draw())
+        if t in shown:
+            chain.append(x)
+            jump.append(path.level(t).noise(many, noise.draw()))
+    return chain, jump
+
+
+def _compare(axes: Axes, level: NoiseLevel, x0: Tensor, chain: Tensor, jump: Tensor) -> None:
+    for way, x, colour in (("chain", chain, "tab:blue"), ("jump", jump, "tab:orange")):
+        added = (x - float(level.alpha) * x0).flatten()
+        axes.hist(added.numpy(), bins=41, density=True, histtype="step", color=colour, label=way, range=(-4, 4))
+        axes.plot([], [], " ", label=f"{added.mean():+.3f}, {added.std():.3f}")
+    axes.set_title(f"sigma = {float(level.sigma):.3f}", fontsize=7)
+    axes.legend(fontsize=4.5, loc="upper right", frameon=False)
+    axes.set_yticks([])
+    axes.tick_params(labelsize=6)
+
+
+def reverse(model: Model, seed: int = 0, label: str | None = None, steps: int | None = None) -> Figure:
+    """The reverse process of a model: the state `x_t` on its way from noise, and the clean picture it expects from there."""
+    states: list[tuple[NoiseLevel, Tensor]] = []
+    estimates: list[Tensor] = []
+
+    def record(x: Tensor, level: NoiseLevel, prediction: Prediction | None, noise: NoiseSource) -> Tensor:
+        states.append((level, x[0].cpu()))
+        if prediction is not None:
+            estimates.append(prediction.x0[0].cpu())
+        return x
+
+    picture = model.generate(seed=seed, label=label, steps=steps, on_step=record)[0]
+    settings = picture.info["sfumato"]
+    chosen = torch.linspace(0, len(estimates) - 1, min(_COLUMNS, len(estimates))).round().long().tolist()
+    figure, rows = _figure(2, len(chosen) + 1, 1.35 * (len(chosen) + 1), 3.2)
+    for column, index in enumerate(chosen):
+        level, state = states[index]
+        spread = float(torch.sqrt(level.alpha**2 + level.sigma**2))
+        _show(rows[0][column], state / max(1.0, spread), f"t = {float(level.t):.0f}")
+        _show(rows[1][column], estimates[index])
+    _show(rows[0][-1], states[-1][1], "result")
+    rows[1][-1].axis("off")
+    rows[0][0].set_ylabel("x_t", fontsize=8)
+    rows[1][0].set_ylabel("x0 expected", fontsize=8)
+    what = f"{settings['sampler']}, {settings['steps']} steps, seed {seed}" + (f", {label}" if label else "")
+    figure.suptitle(f"Reverse process of {model.name}: {what}", fontsize=10)
+    return figure
+
+
+def schedules(names: Sequence[str]) -> Figure:
+    """Signal-to-noise ratio, amplitude, and loss weights on the squared error of x0, of a set of schedules.
+
+    The right panel shows what a plain loss on eps, on v, and min-SNR (gamma 5) each mean as a weight on x0's error.
+    """
+    figure, rows = _figure(1, 3, 12.5, 3.6)
+    signal, amplitude, weight = rows[0]
+    u = torch.linspace(0, 1, 400, dtype=torch.float64)
+    for name in names:
+        path = _schedule(name)
+        low, high = path.t_range
+        level = path.level((low + (high - low) * u).round() if path.steps else low + (high - low) * u)
+        signal.plot(u, 2 * level.half_log_snr.clamp(-12, 12), label=name)
+        amplitude.plot(u, level.alpha, label=name)
+    signal.set_ylabel("log SNR")
+    amplitude.set_ylabel("alpha (share of the picture)")
+    for axes in (signal, amplitude):
+        axes.set_xlabel("t / T")
+        axes.legend(fontsize=7)
+    _weights(weight, _schedule(names[0]), names[0])
+    return figure
+
+
+def _weights(axes: Axes, path: Schedule, name: str) -> None:
+    level = path.level(torch.linspace(*path.t_range, 400, dtype=torch.float64).round() if path.steps else 0.5)
+    snr = (level.alpha / level.sigma) ** 2
+    x0 = Denoiser(torch.nn.Identity(), path, X0)
+    axes.plot(2 * level.half_log_snr, snr, label="plain loss on eps: SNR")
+    axes.plot(2 * level.half_log_snr, snr + 1, label="plain loss on v: SNR + 1")
+    axes.plot(2 * level.half_log_snr, torch.ones_like(snr), label="plain loss on x0: 1")
+    minimum = Objective(weighting="min_snr").weight(x0, level)
+    axes.plot(2 * level.half_log_snr, minimum, label="min-SNR, gamma 5", linewidth=2.5, alpha=0.7)
+    axes.set_yscale("log")
+    axes.set_xlabel(f"log SNR ({name})")
+    axes.set_ylabel("weight on the squared error of x0")
+    axes.legend(fontsize=7)
+
+
+def loss(run: Path) -> Figure:
+    """A run's loss over its steps, and its last loss by noise level, training and validation."""
+    file = run / "metrics.jsonl"
+    if not file.is_file():
+        raise UserError(f"{run} has no metrics.jsonl; it is not a training run, or has not logged yet")
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    train = [r for r in records if "loss" in r]
+    held_out = [r for r in records if "validation_loss" in r]
+    if not train:
+        raise UserError(f"{file} holds no losses yet")
+    figure, rows = _figure(1, 2, 10, 3.6)
+    over_time, by_level = rows[0]
+    over_time.plot([r["step"] for r in train], [r["loss"] for r in train], alpha=0.6, label="training")
+    if held_out:
+        points = [r["step"] for r in held_out], [r["validation_loss"] for r in held_out]
+        over_time.plot(*points, "o-", markersize=3, label="held out, averaged weights")
+    over_time.set_yscale("log")
+    over_time.set_xlabel("step")
+    over_time.set_ylabel("loss")
+    over_time.legend(fontsize=8)
+    edges = [-4.0, *LEVEL_EDGES, 4.0]
+    centres = [(a + b) / 2 for a, b in pairwise(edges)]
+    for record in (train[0], train[len(train) // 2], train[-1]):
+        values = [float("nan") if v is None else v for v in record["loss_by_level"]]
+        by_level.plot(centres, values, "o-", markersize=3, label=f"step {record['step']}")
+    by_level.set_xlabel("half log SNR (left: mostly noise)")
+    by_level.set_ylabel("unweighted loss")
+    by_level.legend(fontsize=8)
+    return figure

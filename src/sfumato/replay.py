@@ -1,0 +1,113 @@
+"""Regenerate a picture from its own file: the same settings, the same batch, the same bytes.
+
+A picture carries every setting that made it, the batch it was drawn in (its neighbours choose which kernels run, so they
+can change the last bit) and what it was made with: versions, threads, type, attention kernel. Where all of that is the same,
+so are the bytes; where something differs, the picture is the nearest that can be had, and what differs is said.
+
+>>> differences({"torch": "1", "threads": 2}, {"torch": "2", "threads": 2})
+['torch: 1 then, 2 now']
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from sfumato import models
+from sfumato.api import Model, load
+from sfumato.checkpoints import hashes
+from sfumato.errors import UserError
+from sfumato.images import read_settings
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A regenerated picture, its settings in `.info`, and what is not as it was, in words (empty: same bytes)."""
+
+    picture: Image.Image
+    differences: list[str]
+
+
+def replay(path: str | Path, model: str | Path | None = None) -> Replayed:
+    """Draw the picture of a file again.
+
+    Args:
+        path: a PNG, JPEG or WebP written by Sfumato.
+        model: where its model is, if it is neither in the box nor where it was last seen.
+
+    Raises:
+        UserError: no settings, another program's settings, or a model that is missing or another one.
+    """
+    settings = _own_settings(Path(path))
+    then = settings["made_with"]
+    with _threads(then.get("threads")):
+        opened = _model_of(settings, model, Path(path))
+        picture = opened.redraw(settings)
+        now = picture.info["sfumato"]["made_with"]
+    return Replayed(picture, differences(then, now))
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What a picture was made with and is made with now, where they differ."""
+    return [
+        f"{key}: {then.get(key, 'unknown')} then, {now.get(key, 'unknown')} now"
+        for key in sorted(then.keys() | now.keys())
+        if then.get(key) != now.get(key)
+    ]
+
+
+def _own_settings(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"there is no picture at {path}")
+    settings = read_settings(path)
+    if not settings:
+        raise UserError(f"{path} carries no settings (they are lost when a picture is edited or stripped)")
+    if "sheet" in settings:
+        raise UserError(f"{path} is a contact sheet; replay works on single pictures (draw them with --out FOLDER)")
+    if not isinstance(settings.get("made_with"), dict) or not isinstance(settings.get("batch"), dict):
+        version = settings.get("version") or "another program"
+        raise UserError(
+            f"{path} was not drawn by Sfumato ({version}); its settings can be read with `sfumato info`, not replayed"
+        )
+    return settings
+
+
+def _model_of(settings: Mapping[str, Any], model: str | Path | None, path: Path) -> Model:
+    """The model with the stored hash: the one named, one in the box, or one seen before."""
+    wanted, made = str(settings["model_hash"]), settings["made_with"]
+    device, dtype = str(made["device"]), str(settings["dtype"])
+    if device != "cpu" and not torch.accelerator.is_available():
+        device = "cpu"
+    if model is not None:
+        opened = load(model, device=device, dtype=dtype)
+        if opened.sha256 != wanted:
+            raise UserError(f"{path} was drawn by model {wanted[:10]}, but {model} is {opened.sha256[:10]}")
+        opened.name = str(settings["model"])
+        return opened
+    boxed = [name for name in models.names() if hashes.sha256(models.weights(name)) == wanted]
+    found = boxed[0] if boxed else hashes.find(wanted)
+    if found is None:
+        raise UserError(
+            f"the model of {path}, {settings['model']} ({wanted[:10]}), is not here; name it with --model PATH"
+        )
+    opened = load(found, device=device, dtype=dtype)
+    opened.name = str(settings["model"])
+    return opened
+
+
+@contextmanager
+def _threads(count: Any) -> Iterator[None]:
+    """Compute with as many threads as then; the number changes how sums are split."""
+    before = torch.get_num_threads()
+    if isinstance(count, int) and 1 <= count <= 1024:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
