@@ -2,9 +2,10 @@
 
     python benchmarks/judge_pixels.py --data emoji64.parquet [--model NAME|PATH] [--count 1000] [--out FOLDER]
 
-Prints KID x 1000 on EfficientNet-Lite2 (KID-EffLite2) of new pictures against the training set, and for scale the same of the
-held-out pictures and of training pictures blurred by 0.7 pixels; writes the sheet of seeds 0-15, a sheet of each one's
-nearest training picture, and everything as `judged.json`. Labels of the new pictures follow the training set's shares.
+Prints KID x 1000 on EfficientNet-Lite2 (KID-EffLite2) of new pictures against the training set, and for scale the
+same of the held-out pictures and of training pictures blurred by 0.7 pixels; writes the sheet of seeds 0-15, a sheet of
+each one's nearest training picture, and everything as `judged.json`. Labels of the new pictures follow the training
+set's shares.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def pictures_of(data: PictureSet) -> Tensor:
     return torch.cat([batch.images for batch in data.in_order(256)])
 
 
-def new_pictures(model: sfumato.Model, data: PictureSet, count: int, guidance: float | None, steps: int | None) -> Tensor:
+def new_pictures(
+    model: sfumato.Model, data: PictureSet, count: int, guidance: float | None, steps: int | None
+) -> Tensor:
     """`count` new pictures with seeds 0 …, labels drawn in the training set's shares; uint8."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(len(data), (count,), generator=generator).tolist()

@@ -15,10 +15,18 @@ if TYPE_CHECKING:
     from sfumato.api import Model as Model
     from sfumato.api import load as load
     from sfumato.errors import UserError as UserError
+    from sfumato.networks.unet_article import Unet as Unet
+    from sfumato.short_form import GaussianDiffusion as GaussianDiffusion
 
-_PUBLIC = {"Model": "sfumato.api", "load": "sfumato.api", "UserError": "sfumato.errors"}
+_PUBLIC = {
+    "GaussianDiffusion": "sfumato.short_form",
+    "Model": "sfumato.api",
+    "Unet": "sfumato.networks.unet_article",
+    "UserError": "sfumato.errors",
+    "load": "sfumato.api",
+}
 
-__all__ = ["Model", "UserError", "__version__", "load"]
+__all__ = ["GaussianDiffusion", "Model", "Unet", "UserError", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -273,5 +273,7 @@ def choose_device(name: str) -> torch.device:
         torch.zeros((), device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
+        if reason.startswith("Expected one of"):  # torch's list of every device it has heard of
+            reason = "there is no such kind of device; auto, cpu or the GPU's name in torch are expected"
         raise UserError(f"device {name!r} cannot be used here ({reason})") from None
     return device

@@ -31,8 +31,11 @@ class DataError(UserError):
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the closest of ``choices``, or ``""`` when none is close."""
     by_folded = {choice.casefold(): choice for choice in choices}
-    close = difflib.get_close_matches(name.casefold(), by_folded, n=1, cutoff=0.6)
-    return f" (did you mean {by_folded[close[0]]!r}?)" if close else ""
+    folded = name.casefold()
+    close = difflib.get_close_matches(folded, by_folded, n=5, cutoff=0.6)
+    swapped = [choice for choice in close if sorted(choice) == sorted(folded)]  # the commonest slip of the fingers
+    best = next(iter(swapped or close), None)
+    return f" (did you mean {by_folded[best]!r}?)" if best is not None else ""
 
 
 def raise_unknown(kind: str, name: str, choices: Iterable[str]) -> NoReturn:

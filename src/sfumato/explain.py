@@ -77,8 +77,8 @@ def _schedule(name: str) -> Schedule:
 def forward(picture: Image.Image, schedule: str = "linear", seed: int = 0) -> Figure:
     """The forward process on a real picture, twice: step by step through the chain, and in one jump.
 
-    The two strips differ in their noise but not in distribution: the lower panels compare, over 64 noisings, the mean and
-    the standard deviation of what was added to `alpha x0` (which should be 0 and `sigma`; Ho 2020, eq. 4).
+    The two strips differ in their noise but not in distribution: the lower panels compare, over 64 noisings, the mean
+    and the standard deviation of what was added to `alpha x0` (which should be 0 and `sigma`; Ho 2020, eq. 4).
     """
     path = _schedule(schedule)
     if path.steps is None:
@@ -113,9 +113,9 @@ def _noised(x0: Tensor, path: Schedule, shown: list[int], seed: int) -> tuple[li
 
 
 def _compare(axes: Axes, level: NoiseLevel, x0: Tensor, chain: Tensor, jump: Tensor) -> None:
-    for way, x, colour in (("chain", chain, "tab:blue"), ("jump", jump, "tab:orange")):
+    for way, x, kind in (("chain", chain, "stepfilled"), ("jump", jump, "step")):
         added = (x - float(level.alpha) * x0).flatten()
-        axes.hist(added.numpy(), bins=41, density=True, histtype="step", color=colour, label=way, range=(-4, 4))
+        axes.hist(added.numpy(), bins=41, density=True, histtype=kind, alpha=0.6, label=way, range=(-4, 4))
         axes.plot([], [], " ", label=f"{added.mean():+.3f}, {added.std():.3f}")
     axes.set_title(f"sigma = {float(level.sigma):.3f}", fontsize=7)
     axes.legend(fontsize=4.5, loc="upper right", frameon=False)
@@ -124,7 +124,7 @@ def _compare(axes: Axes, level: NoiseLevel, x0: Tensor, chain: Tensor, jump: Ten
 
 
 def reverse(model: Model, seed: int = 0, label: str | None = None, steps: int | None = None) -> Figure:
-    """The reverse process of a model: the state `x_t` on its way from noise, and the clean picture it expects from there."""
+    """The reverse process of a model: the state `x_t` on its way from noise, and the clean picture it expects there."""
     states: list[tuple[NoiseLevel, Tensor]] = []
     estimates: list[Tensor] = []
 

@@ -1,8 +1,9 @@
 """Regenerate a picture from its own file: the same settings, the same batch, the same bytes.
 
-A picture carries every setting that made it, the batch it was drawn in (its neighbours choose which kernels run, so they
-can change the last bit) and what it was made with: versions, threads, type, attention kernel. Where all of that is the same,
-so are the bytes; where something differs, the picture is the nearest that can be had, and what differs is said.
+A picture carries every setting that made it, the batch it was drawn in (its neighbours choose which kernels run, so
+they can change the last bit) and what it was made with: versions, threads, type, attention kernel. Where all of that is
+the same, so are the bytes; where something differs, the picture is the nearest that can be had, and what differs is
+said.
 
 >>> differences({"torch": "1", "threads": 2}, {"torch": "2", "threads": 2})
 ['torch: 1 then, 2 now']

@@ -76,7 +76,7 @@ def _spoil_recipes(folder: Path) -> None:
     Path("stranger.yaml").write_text("recipe: ddmp\n")
     tiny.write_recipe(folder / "key.yaml", train={"steps": 3, "bacth": 4})
     tiny.write_recipe(folder / "network.yaml", model={"network": {"block_out_chanels": [16]}})
-    tiny.write_recipe(folder / "sampler.yaml", model={"network": tiny.NETWORK, "sampling": {"sampler": "ddimm"}})
+    tiny.write_recipe(folder / "sampler.yaml", model={"network": tiny.NETWORK, "sampling": {"sampler": "ddmi"}})
     tiny.write_recipe(folder / "objective.yaml", objective={"loss": "l3"})
     wide = yaml.safe_load(Path("tiny.yaml").read_text())
     wide["model"]["network"] = tiny.NETWORK | {"block_out_channels": [8, 16]}
@@ -119,10 +119,10 @@ CASES: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "negative count": (("generate", *MODEL, "--count", -1), ("--count: must be at least 1, got -1",)),
     "negative seed": (("generate", *MODEL, "--seed", -1), ("--seed: must be at least 0, got -1",)),
     "huge seed": (("generate", *MODEL, "--seed", 2**63), ("seed must be at least 0 and below 2^63",)),
-    "sampler": (("generate", *MODEL, "--sampler", "ddimm"), ("unknown sampler 'ddimm' (did you mean 'ddim'?)",)),
+    "sampler": (("generate", *MODEL, "--sampler", "ddmi"), ("unknown sampler 'ddmi' (did you mean 'ddim'?)",)),
     "schedule": (("generate", *MODEL, "--schedule", "karas"), ("unknown schedule 'karas' (did you mean 'karras'?)",)),
     "low guidance": (("generate", *MODEL, "--label", "cat", "--guidance", -1), ("--guidance: must be at least 0",)),
-    "no number": (("generate", *MODEL, "--label", "cat", "--guidance", "nan"), ("--guidance: must be finite, got nan",)),
+    "no number": (("generate", *MODEL, "--label", "cat", "--guidance", "nan"), ("--guidance: must be finite",)),
     "endless guidance": (("generate", *MODEL, "--label", "cat", "--guidance", "inf"), ("--guidance: must be finite",)),
     "guidance word": (("generate", *MODEL, "--guidance", "much"), ("--guidance: 'much' is not a number",)),
     "guidance without label": (("generate", *MODEL, "--guidance", 3), ("--guidance needs a --label",)),

@@ -1,7 +1,7 @@
 """SHA-256 of model files, remembered by path, size and time of change, so that a large file is read once.
 
-The memory is a small JSON file in the user's cache folder (`$XDG_CACHE_HOME/sfumato/hashes.json`, `~/.cache` by default).
-It may be deleted at any time; where it cannot be written, files are simply hashed again.
+The memory is a small JSON file in the user's cache folder (`$XDG_CACHE_HOME/sfumato/hashes.json`, by default under
+`~/.cache`). It may be deleted at any time; where it cannot be written, files are simply hashed again.
 
 >>> import tempfile
 >>> path = Path(tempfile.mkdtemp()) / "a"

@@ -108,7 +108,7 @@ def read_header(path: Path) -> dict[str, Any]:
             )
         file.seek(8)
         try:
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_once_each)
         except (UnicodeDecodeError, ValueError, RecursionError):
             raise ModelFileError(f"{path} is damaged: its header is not readable") from None
     if not isinstance(header, dict) or len(header) > _MAX_TENSORS:
@@ -116,6 +116,14 @@ def read_header(path: Path) -> dict[str, Any]:
     if any(len(name) > _MAX_NAME for name in header):
         raise ModelFileError(f"{path} is damaged: a tensor's name is longer than {_MAX_NAME} characters")
     return header
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object none of whose keys comes twice, so that no two readers see different files."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a key comes twice")
+    return values
 
 
 def _looks_like_pickle(start: bytes) -> bool:
@@ -241,4 +249,4 @@ def check_fit(module: torch.nn.Module, tensors: Mapping[str, Tensor], *, what: s
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

@@ -12,6 +12,7 @@ from typing import Any
 
 import typer
 
+from sfumato.cli.data import data_app
 from sfumato.cli.describe import doctor, info, models_app
 from sfumato.cli.explain import explain_app
 from sfumato.cli.generate import edit, generate
@@ -33,6 +34,7 @@ app.command()(edit)
 app.command()(replay)
 app.command()(train)
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(data_app, name="data")
 app.add_typer(models_app, name="models")
 app.add_typer(explain_app, name="explain")
 app.command()(info)

@@ -2,7 +2,7 @@
 
 >>> whole(1)("12"), number(0)("1.5")
 (12, 1.5)
->>> whole(1)("banana")
+>>> whole(1)("banana")  # doctest: +IGNORE_EXCEPTION_DETAIL
 Traceback (most recent call last):
     ...
 typer.BadParameter: 'banana' is not a whole number

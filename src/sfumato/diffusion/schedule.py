@@ -284,11 +284,21 @@ def cosine_alpha_bar(steps: int = 1000, s: float = 0.008, max_beta: float = 0.99
 
 
 def sigmoid_alpha_bar(
-    steps: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0, max_beta: float = 0.999
+    steps: int = 1000,
+    start: float = -3.0,
+    end: float = 3.0,
+    tau: float = 1.0,
+    max_beta: float = 0.999,
+    *,
+    ends: torch.dtype = torch.float64,
 ) -> Tensor:
-    """`alpha_bar` falls as a sigmoid from u = 0 to 1 (Jabri 2022, section 3), betas clipped at `max_beta`."""
+    """`alpha_bar` falls as a sigmoid from u = 0 to 1 (Jabri 2022, section 3), betas clipped at `max_beta`.
+
+    `ends` is the type in which the two end values are rounded: denoising_diffusion_pytorch's tables have them in float32,
+    which shows at the noisiest levels.
+    """
     u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    low, high = torch.sigmoid(torch.tensor([start / tau, end / tau], dtype=torch.float64))
+    low, high = torch.sigmoid(torch.tensor([start / tau, end / tau], dtype=ends)).to(torch.float64)
     f = (high - torch.sigmoid((u * (end - start) + start) / tau)) / (high - low)
     return alpha_bar_from_betas((1 - f[1:] / f[:-1]).clamp(0, max_beta))
 

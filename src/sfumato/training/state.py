@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ FOLDER = "checkpoints"
 MODEL, AVERAGE, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 STATE, MANIFEST = "state.json", "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})(\.old)?")
-_TEMPORARY = re.compile(r"step-\d{8,}\.tmp-\d+")
+_TEMPORARY = re.compile(r"step-\d{8,}\.(tmp-\d+|gone)")
 _COUNTS = ("step", "ema_updates", "pictures")  # what `state.json` must hold, as whole numbers
 
 
@@ -56,7 +57,7 @@ class Checkpoint:
 
 
 def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint for its step under `run` and prune to the newest `keep`. Returns its folder.
+    """Write a checkpoint for its step under `run` and prune to `keep`: this one and the newest. Returns its folder.
 
     Raises:
         UserError: when it cannot be written (a full disk); older checkpoints stay, nothing half-written is left.
@@ -74,8 +75,9 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
         raise UserError(f"could not save {final}: {explain_os_error(error)}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for _, _, old in _found(run)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+    others = [folder for _, _, folder in _found(run) if folder != final]
+    for old in others[keep - 1 :]:
+        _remove(old)
     return final
 
 
@@ -105,11 +107,21 @@ def _put_in_place(temporary: Path, final: Path) -> None:
     """Rename; a checkpoint of the same step is removed only after the new one has its name."""
     replaced = final.with_name(f"{final.name}.old")
     if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
+        _remove(replaced)
         os.rename(final, replaced)
     os.rename(temporary, final)
     _sync_folder(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(replaced)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint; its name goes first, so that none is ever found half removed."""
+    if folder.exists():
+        nameless = folder.with_name(f"{folder.name.removesuffix('.old')}.gone")
+        with suppress(OSError):  # what cannot be removed now is tried again after the next save
+            shutil.rmtree(nameless, ignore_errors=True)
+            os.rename(folder, nameless)
+        shutil.rmtree(nameless, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -201,7 +213,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
         parameter = parameters[int(index)] if index.isdecimal() and int(index) < len(parameters) else None
         if parameter is None or tensor.shape not in (parameter.shape, ()):
             raise ModelFileError(f"the optimizer's tensor {key} of shape {tuple(tensor.shape)} has no such parameter")
-        in_layout = tensor
+        in_layout = tensor.clone()
         if tensor.shape == parameter.shape:
             in_layout = torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
         state.setdefault(int(index), {})[name] = in_layout

@@ -1,1 +1,0 @@
-"""Codecs turn pictures into what a model diffuses and back. Pixel-space models need none."""

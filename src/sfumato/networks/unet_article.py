@@ -1,0 +1,350 @@
+"""The network of the first tutorials: the `Unet` of denoising_diffusion_pytorch, its architecture and its names.
+
+Residual blocks with RMS norms and a scale and shift from the time, linear attention on every level but the innermost,
+full attention there, four learned keys and values in each attention. Every parameter has the name, shape and place that
+it has in denoising_diffusion_pytorch 2.3.4, so that its state dicts open by the identity map.
+
+>>> Unet(dim=8, dim_mults=(1, 2))(torch.zeros(1, 3, 8, 8), torch.zeros(1)).shape
+torch.Size([1, 3, 8, 8])
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Never, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sfumato.errors import UserError, nearest
+
+_MEMORIES = 4  # learned keys and values in front of the picture's own
+_OPTIONS = (
+    "dim",
+    "init_dim",
+    "out_dim",
+    "dim_mults",
+    "channels",
+    "self_condition",
+    "learned_variance",
+    "learned_sinusoidal_cond",
+    "random_fourier_features",
+    "learned_sinusoidal_dim",
+    "sinusoidal_pos_emb_theta",
+    "dropout",
+    "attn_dim_head",
+    "attn_heads",
+    "full_attn",
+    "flash_attn",
+)
+T = TypeVar("T")
+
+
+class ChannelNorm(nn.Module):
+    """RMS norm over channels, `x / |x| sqrt(C) g` (Zhang & Sennrich 2019), with an optional scale and shift after it.
+
+    Scale and gain are multiplied while they are small, so that the picture is passed over less often. The sum of squares
+    is taken in float32 at least: half precision would overflow. (On a CPU it is ten times as fast as `vector_norm`.)
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.g = nn.Parameter(torch.ones(1, channels, 1, 1))
+
+    def forward(self, x: Tensor, scale_shift: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x (B, C, H, W); scale and shift (B, C, 1, 1), applied as `(1 + scale) x + shift`."""
+        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        unit = x * (wide * wide).sum(dim=1, keepdim=True).clamp_min(1e-24).rsqrt().to(x.dtype)
+        gain = self.g * math.sqrt(x.shape[1])
+        if scale_shift is None:
+            return unit * gain
+        scale, shift = scale_shift
+        return unit * (gain * (scale + 1)) + shift
+
+
+class SinusoidalTime(nn.Module):
+    """(B,) -> (B, dim): sines, then cosines, of frequencies from 1 down to `1 / theta`, both ends included."""
+
+    def __init__(self, dim: int, theta: float) -> None:
+        super().__init__()
+        self.dim, self.theta = dim, theta
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = self.dim // 2
+        exponents = torch.arange(half, device=t.device) * (-math.log(self.theta) / (half - 1))
+        angles = t[:, None] * torch.exp(exponents)
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class FourierTime(nn.Module):
+    """(B,) -> (B, dim + 1): the time itself, sines and cosines of random frequencies, which may be learned."""
+
+    def __init__(self, dim: int, *, learned: bool) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.empty(dim // 2).normal_(), requires_grad=learned)
+
+    def forward(self, t: Tensor) -> Tensor:
+        column = t.to(self.weights.dtype)[:, None]
+        angles = column * self.weights * (2 * math.pi)
+        return torch.cat([column, angles.sin(), angles.cos()], dim=-1)
+
+
+class Block(nn.Module):
+    """3x3 convolution, norm, scale and shift, SiLU, dropout."""
+
+    def __init__(self, dim_in: int, dim_out: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(dim_in, dim_out, 3, padding=1)
+        self.norm = ChannelNorm(dim_out)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, scale_shift: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        out: Tensor = self.dropout(F.silu(self.norm(self.proj(x), scale_shift)))
+        return out
+
+
+class ResnetBlock(nn.Module):
+    """Two blocks around a skip; the time gives the first one's scale and shift."""
+
+    def __init__(self, dim_in: int, dim_out: int, time_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(time_dim, 2 * dim_out))
+        self.block1 = Block(dim_in, dim_out, dropout)
+        self.block2 = Block(dim_out, dim_out)
+        self.res_conv = nn.Conv2d(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        scale, shift = self.mlp(time)[:, :, None, None].chunk(2, dim=1)
+        out: Tensor = self.block2(self.block1(x, (scale, shift))) + self.res_conv(x)
+        return out
+
+
+def _split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, 3 heads D, H, W) -> three views (B, heads, D, H W)."""
+    q, k, v = qkv.contiguous().flatten(2).unflatten(1, (3, heads, -1)).unbind(1)
+    return q, k, v
+
+
+def _with_memories(memories: Tensor, own: Tensor) -> Tensor:
+    """Put learned (heads, D, M) before (B, heads, D, N): (B, heads, D, M + N)."""
+    return torch.cat([memories.expand(len(own), -1, -1, -1), own], dim=-1)
+
+
+class LinearAttention(nn.Module):
+    """Attention whose cost grows with the number of pixels, not its square (Shen 2018): `q (softmax(k) v')`."""
+
+    def __init__(self, dim: int, heads: int, dim_head: int) -> None:
+        super().__init__()
+        self.heads, self.scale = heads, dim_head**-0.5
+        self.norm = ChannelNorm(dim)
+        self.mem_kv = nn.Parameter(torch.empty(2, heads, dim_head, _MEMORIES).normal_())
+        self.to_qkv = nn.Conv2d(dim, 3 * heads * dim_head, 1, bias=False)
+        self.to_out = nn.Sequential(nn.Conv2d(heads * dim_head, dim, 1), ChannelNorm(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same shape."""
+        q, k, v = _split_heads(self.to_qkv(self.norm(x)), self.heads)
+        k, v = _with_memories(self.mem_kv[0], k), _with_memories(self.mem_kv[1], v)
+        context = v @ k.softmax(dim=-1).transpose(-1, -2) * self.scale
+        mixed = context @ q.softmax(dim=-2)
+        out: Tensor = self.to_out(mixed.flatten(1, 2).unflatten(-1, x.shape[-2:]))
+        return out
+
+
+class Attention(nn.Module):
+    """Full attention over all pixels: the equation as written, or torch's fused kernel with `flash`."""
+
+    def __init__(self, dim: int, heads: int, dim_head: int, *, flash: bool) -> None:
+        super().__init__()
+        self.heads, self.scale, self.flash = heads, dim_head**-0.5, flash
+        self.norm = ChannelNorm(dim)
+        self.mem_kv = nn.Parameter(torch.empty(2, heads, _MEMORIES, dim_head).normal_())
+        self.to_qkv = nn.Conv2d(dim, 3 * heads * dim_head, 1, bias=False)
+        self.to_out = nn.Conv2d(heads * dim_head, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same shape."""
+        q, k, v = _split_heads(self.to_qkv(self.norm(x)), self.heads)
+        memories = self.mem_kv.transpose(-1, -2)
+        k, v = _with_memories(memories[0], k), _with_memories(memories[1], v)
+        if self.flash:
+            q, k, v = (part.transpose(-1, -2).contiguous() for part in (q, k, v))
+            mixed = F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(-1, -2)
+        else:
+            shares = ((q * self.scale).transpose(-1, -2) @ k).softmax(dim=-1)
+            mixed = v @ shares.transpose(-1, -2)
+        out: Tensor = self.to_out(mixed.flatten(1, 2).unflatten(-1, x.shape[-2:]))
+        return out
+
+
+class Downsample(nn.Module):
+    """Halve: each 2x2 square's channels side by side, mixed by a 1x1 convolution; done as one strided convolution."""
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__()
+        self.add_module("1", nn.Conv2d(4 * dim_in, dim_out, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv = cast(nn.Conv2d, self.get_submodule("1"))
+        kernel = conv.weight.view(conv.out_channels, -1, 2, 2)
+        return F.conv2d(x, kernel, conv.bias, stride=2)
+
+
+def _upsample(dim_in: int, dim_out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(dim_in, dim_out, 3, padding=1))
+
+
+def _per_level(value: T | Sequence[T], levels: int, name: str) -> tuple[T, ...]:
+    """One value for all levels, or one for each."""
+    if not isinstance(value, (tuple, list)):
+        return (cast(T, value),) * levels
+    if len(value) != levels:
+        raise UserError(f"{name} needs one value, or one for each of the {levels} levels of dim_mults; got {len(value)}")
+    return tuple(value)
+
+
+class Unet(nn.Module):
+    """Noise prediction network of denoising_diffusion_pytorch (Ho 2020's UNet, as grown there until 2.3.4).
+
+    Args:
+        dim: base width, even and at least 4; level i is `dim * dim_mults[i]` channels wide.
+        init_dim: width after the first convolution; None for `dim`.
+        out_dim: channels of the output; None for `channels`, or twice that with `learned_variance`.
+        dim_mults: width factors, outermost level first. Height and width must divide by `2^(levels - 1)`.
+        channels: of the pictures.
+        self_condition: also takes an estimate of the clean picture (Chen 2022).
+        learned_variance: twice the output channels, the second half for the variance (Nichol 2021).
+        learned_sinusoidal_cond, random_fourier_features: tell the time by Fourier features of learned or of fixed
+            random frequencies, `learned_sinusoidal_dim` (even) of them. Meant for times of the size of a log SNR.
+        sinusoidal_pos_emb_theta: longest period of the sinusoids, over 2 pi.
+        dropout: in every residual block.
+        attn_heads, attn_dim_head: number and width of attention heads; one value, or one for each level.
+        full_attn: which levels have full rather than linear attention, one bool or one for each level; None or False
+            for the innermost alone. The middle always has it.
+        flash_attn: compute full attention with torch's fused kernel: less memory, the same numbers but for rounding.
+
+    Raises:
+        UserError: for sizes that cannot work and options that do not exist.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        init_dim: int | None = None,
+        out_dim: int | None = None,
+        dim_mults: Sequence[int] = (1, 2, 4, 8),
+        channels: int = 3,
+        self_condition: bool = False,
+        learned_variance: bool = False,
+        learned_sinusoidal_cond: bool = False,
+        random_fourier_features: bool = False,
+        learned_sinusoidal_dim: int = 16,
+        sinusoidal_pos_emb_theta: float = 10000,
+        dropout: float = 0.0,
+        attn_dim_head: int | Sequence[int] = 32,
+        attn_heads: int | Sequence[int] = 4,
+        full_attn: bool | Sequence[bool] | None = None,
+        flash_attn: bool = False,
+        **unknown: Never,
+    ) -> None:
+        super().__init__()
+        for name in unknown:
+            raise UserError(f"Unet has no option {name!r}{nearest(name, _OPTIONS)}")
+        widths = [init_dim or dim, *(dim * mult for mult in dim_mults)]
+        levels = len(widths) - 1
+        fourier = learned_sinusoidal_cond or random_fourier_features
+        _check_sizes(dim, levels, fourier, learned_sinusoidal_dim)
+        self.channels, self.self_condition = channels, self_condition
+        self.random_or_learned_sinusoidal_cond = fourier
+        self.out_dim = out_dim or channels * (2 if learned_variance else 1)
+        time = (
+            FourierTime(learned_sinusoidal_dim, learned=not random_fourier_features)
+            if fourier
+            else SinusoidalTime(dim, sinusoidal_pos_emb_theta)
+        )
+        full = _per_level(full_attn or (*[False] * (levels - 1), True), levels, "full_attn")
+        heads, head_widths = _per_level(attn_heads, levels, "attn_heads"), _per_level(attn_dim_head, levels, "attn_dim_head")
+
+        def resnet(dim_in: int, dim_out: int) -> ResnetBlock:
+            return ResnetBlock(dim_in, dim_out, 4 * dim, dropout)
+
+        def attention(width: int, level: int, everything: bool) -> nn.Module:
+            if everything:
+                return Attention(width, heads[level], head_widths[level], flash=flash_attn)
+            return LinearAttention(width, heads[level], head_widths[level])
+
+        self.init_conv = nn.Conv2d(channels * (2 if self_condition else 1), widths[0], 7, padding=3)
+        self.time_mlp = nn.Sequential(
+            time, nn.Linear(learned_sinusoidal_dim + 1 if fourier else dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, 4 * dim)
+        )
+        self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
+        for i, (outer, inner) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+            last = i == levels - 1
+            blocks = [resnet(outer, outer), resnet(outer, outer), attention(outer, i, full[i])]
+            change = nn.Conv2d(outer, inner, 3, padding=1) if last else Downsample(outer, inner)
+            self.downs.append(nn.ModuleList([*blocks, change]))
+        self.mid_block1 = resnet(widths[-1], widths[-1])
+        self.mid_attn = attention(widths[-1], levels - 1, True)
+        self.mid_block2 = resnet(widths[-1], widths[-1])
+        for i, (outer, inner) in reversed(list(enumerate(zip(widths[:-1], widths[1:], strict=True)))):
+            blocks = [resnet(inner + outer, inner), resnet(inner + outer, inner), attention(inner, i, full[i])]
+            change = _upsample(inner, outer) if i else nn.Conv2d(inner, outer, 3, padding=1)
+            self.ups.append(nn.ModuleList([*blocks, change]))
+        self.final_res_block = resnet(2 * widths[0], widths[0])
+        self.final_conv = nn.Conv2d(widths[0], self.out_dim, 1)
+
+    @property
+    def downsample_factor(self) -> int:
+        """Height and width must be multiples of it."""
+        return int(2 ** (len(self.downs) - 1))
+
+    def forward(self, x: Tensor, time: Tensor, x_self_cond: Tensor | None = None) -> Tensor:
+        """Predict at one time.
+
+        Args:
+            x: (B, channels, H, W).
+            time: (B,).
+            x_self_cond: (B, channels, H, W), an estimate of the clean picture; None for zeros. Only a network with
+                `self_condition` looks at it.
+
+        Returns:
+            (B, out_dim, H, W).
+        """
+        if any(side % self.downsample_factor for side in x.shape[-2:]):
+            raise UserError(
+                f"height and width must be multiples of {self.downsample_factor} for this Unet, got {tuple(x.shape[-2:])}"
+            )
+        if self.self_condition:
+            x = torch.cat([torch.zeros_like(x) if x_self_cond is None else x_self_cond, x], dim=1)
+        x = first = self.init_conv(x)
+        t = self.time_mlp(time)
+        skips: list[Tensor] = []
+        for level in self.downs:
+            block1, block2, attention, change = cast(nn.ModuleList, level)
+            x = block1(x, t)
+            skips.append(x)
+            x = block2(x, t)
+            x = attention(x) + x
+            skips.append(x)
+            x = change(x)
+        x = self.mid_block1(x, t)
+        x = self.mid_attn(x) + x
+        x = self.mid_block2(x, t)
+        for level in self.ups:
+            block1, block2, attention, change = cast(nn.ModuleList, level)
+            x = block1(torch.cat([x, skips.pop()], dim=1), t)
+            x = block2(torch.cat([x, skips.pop()], dim=1), t)
+            x = change(attention(x) + x)
+        out: Tensor = self.final_conv(self.final_res_block(torch.cat([x, first], dim=1), t))
+        return out
+
+
+def _check_sizes(dim: int, levels: int, fourier: bool, fourier_dim: int) -> None:
+    if levels < 1:
+        raise UserError("dim_mults must name at least one level")
+    if not fourier and (dim < 4 or dim % 2):
+        raise UserError(f"dim must be even and at least 4 (half of it are sines of the time), got {dim}")
+    if fourier and (fourier_dim < 2 or fourier_dim % 2):
+        raise UserError(f"learned_sinusoidal_dim must be even and at least 2, got {fourier_dim}")
