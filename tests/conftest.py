@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+
 import pytest
 import torch
 from hypothesis import settings
+
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="sfumato-tests-")  # not the user's own memory of hashes
 
 settings.register_profile("sfumato", deadline=None, derandomize=True)
 settings.load_profile("sfumato")

@@ -47,13 +47,14 @@ ALLOWED: dict[str, set[str]] = {
     "tasks": BELOW_TASKS,
     "evaluation": BELOW_TASKS | {"tasks"},
     "training": BELOW_TASKS | {"tasks", "evaluation"},
+    "short_form": {"diffusion", "networks", "random"},
     "api": BELOW_API | {"__init__"},
     "replay": BELOW_API | {"__init__", "api"},
     "explain": BELOW_API | {"__init__", "api"},
     "cli": BELOW_API | {"__init__", "api", "replay", "explain"},
     "server": BELOW_API | {"__init__", "api", "replay", "explain"},
     "web": BELOW_API | {"__init__", "api", "replay", "explain"},
-    "__init__": {"api"},
+    "__init__": {"api", "short_form", "networks"},
     "__main__": {"cli"},
 }
 

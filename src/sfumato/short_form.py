@@ -76,8 +76,8 @@ _OPTIONS = (
     "vb_loss_weight",
 )
 
-LOG_SNR = Preconditioning("log_snr", lambda level: torch.ones_like(level.alpha), lambda level: 2 * level.half_log_snr)
-"""What a network with Fourier features of its time is told, as the package's continuous-time classes do."""
+LOG_SNR = Preconditioning("log_snr", TIME.scale, lambda level: 2 * level.half_log_snr.clamp(-10, 10))
+"""What a network with Fourier features of its time is told, as by the package's continuous-time class."""
 
 
 class _ThreeArguments(nn.Module):
@@ -117,19 +117,19 @@ class GaussianDiffusion(nn.Module):
         immiscible: (today's) see `Objective.immiscible`.
         vb_loss_weight: weight of the variational bound of a network that learns its variance, 0.001.
 
-    **2022 or today.** Defaults are always 2022's. Without any of today's arguments (those marked so, whatever their value,
-    and the two values marked so) everything follows 2022. With one of them, `edition` is "today" and two things follow
-    version 2.3.4:
+    **2022 or today.** Defaults are always 2022's. Without any of today's arguments (those marked so, whatever their
+    value, and the two values marked so) everything follows 2022. With one of them, `edition` is "today" and two things
+    follow version 2.3.4:
 
     - the loss is weighted by 1 for pred_noise, SNR for pred_x0, SNR / (SNR + 1) for pred_v; in 2022 by 1. A
       `p2_loss_weight_gamma` other than 0 is the whole weight in both.
     - DDIM of a pred_noise network derives the noise anew from the clipped picture; in 2022 it took the network's own.
-      (One that learns its variance never derives it anew, as there.)
 
-    **Other than the package, on purpose.** Sampling runs the network in evaluation mode (no dropout). `interpolate` takes
-    and returns pictures in [0, 1] and denoises from the level it noised to. With `immiscible` the target is the noise that
-    was assigned. A network with Fourier features, refused there, is told the log SNR. A network that learns its variance
-    may condition on itself, and its bound at t = 0 uses the variance of t = 1 (Nichol 2021).
+    **Other than the package, on purpose.** Sampling runs the network in evaluation mode (no dropout). `interpolate`
+    takes and returns pictures in [0, 1] and denoises from the level it noised to. With `immiscible` the target is the
+    noise that was assigned. A network with Fourier features, refused there, is told the log SNR. A network that learns
+    its variance may condition on itself and predict anything, and its bound at t = 0 uses the posterior variance of
+    t = 1 (as improved-diffusion does).
 
     **Randomness.** Training, and `sample` without a seed, draw from torch's global CPU generator (`torch.manual_seed`).
 
@@ -169,31 +169,32 @@ class GaussianDiffusion(nn.Module):
             raise UserError(f"GaussianDiffusion has no option {name!r}{nearest(name, _OPTIONS)}")
         if objective not in OBJECTIVES:
             raise_unknown("objective", objective, OBJECTIVES)
-        if loss_type not in LOSSES:
-            raise_unknown("loss_type", loss_type, LOSSES)
-        todays = (schedule_fn_kwargs, auto_normalize, offset_noise_strength, min_snr_loss_weight, min_snr_gamma, immiscible)
-        today = objective == "pred_v" or beta_schedule == "sigmoid" or any(value is not None for value in todays)
+        options = (
+            schedule_fn_kwargs,
+            auto_normalize,
+            offset_noise_strength,
+            min_snr_loss_weight,
+            min_snr_gamma,
+            immiscible,
+        )
+        today = objective == "pred_v" or beta_schedule == "sigmoid" or any(option is not None for option in options)
         self.edition: Literal["2022", "today"] = "today" if today else "2022"
         self.model, self.objective, self.loss_type = model, objective, loss_type
         self.channels, self.self_condition, self.learned_variance = _read_model(model)
-        self.image_size = image_size
-        self._sides = _read_size(image_size, model)
+        self.image_size, self._sides = image_size, _read_size(image_size, model)
+        self.auto_normalize, self._warned = auto_normalize is not False, False
+        self.num_timesteps, self.ddim_sampling_eta = timesteps, ddim_sampling_eta
         self.schedule = _table(beta_schedule, timesteps, schedule_fn_kwargs or {})
-        self.num_timesteps = timesteps
         self.sampling_timesteps = timesteps if sampling_timesteps is None else sampling_timesteps
         if not 1 <= self.sampling_timesteps <= timesteps:
             raise UserError(f"sampling_timesteps must lie in 1 … timesteps ({timesteps}), got {sampling_timesteps}")
         self.is_ddim_sampling = self.sampling_timesteps < timesteps
-        self.ddim_sampling_eta = ddim_sampling_eta
-        self.auto_normalize = auto_normalize is not False
-        self._warned = False
-        weighting = _weighting(today, p2_loss_weight_gamma, p2_loss_weight_k, min_snr_loss_weight, min_snr_gamma)
         self.criterion = Objective(
-            loss=cast(Any, loss_type),
+            loss=_loss(loss_type),
             vlb_weight=_bound_weight(vb_loss_weight, self.learned_variance) / timesteps,
             offset_noise=offset_noise_strength or 0.0,
             immiscible=bool(immiscible),
-            **weighting,
+            **_weighting(today, p2_loss_weight_gamma, p2_loss_weight_k, min_snr_loss_weight, min_snr_gamma),
         )
         self.criterion.check(self.denoiser)
         self._ancestral = Ancestral(variance="learned" if self.learned_variance else "small")
@@ -228,8 +229,8 @@ class GaussianDiffusion(nn.Module):
             ) from None
 
     def _denoise(self) -> DenoiseFn:
-        own_noise = self.objective == "pred_noise" and (self.edition == "2022" or self.learned_variance)
-        return clip_x0(unguided(self.denoiser), rederive_eps=not own_noise)
+        keeps_noise = self.objective == "pred_noise" and self.edition == "2022"
+        return clip_x0(unguided(self.denoiser), rederive_eps=not keeps_noise)
 
     def extra_repr(self) -> str:
         return (
@@ -253,8 +254,9 @@ class GaussianDiffusion(nn.Module):
         Pictures outside [0, 1] are taken as they are, with one warning.
         """
         x_start = self._from_pictures(img)
-        if tuple(x_start.shape[1:]) != (self.channels, *self._sides):
-            raise UserError(f"pictures must be (B, {self.channels}, {self._sides[0]}, {self._sides[1]}), got {tuple(img.shape)}")
+        wanted = (self.channels, *self._sides)
+        if img.ndim != 4 or tuple(img.shape[1:]) != wanted:
+            raise UserError(f"pictures must be (B, {', '.join(map(str, wanted))}), got {tuple(img.shape)}")
         if times is None:
             uniform = torch.rand(len(img), generator=torch.default_generator, dtype=torch.float64)
             times = self.schedule.t_from_uniform(uniform)
@@ -268,7 +270,7 @@ class GaussianDiffusion(nn.Module):
         offset_noise_strength: float | None = None,
         loss_reduction: str = "mean",
     ) -> Tensor:
-        """The loss at times t (B,) of pictures in the network's own range [-1, 1]; "none" gives one number each, (B,)."""
+        """The loss at times t (B,) of pictures in the network's own range [-1, 1]; "none" gives one each, (B,)."""
         if loss_reduction not in ("mean", "none"):
             raise_unknown("loss_reduction", loss_reduction, ("mean", "none"))
         criterion = self.criterion
@@ -309,7 +311,7 @@ class GaussianDiffusion(nn.Module):
         self, shape: Sequence[int], return_all_timesteps: bool = False, *, seed: int | None = None, on_step: Hook = keep
     ) -> Tensor:
         """`sample` by DDIM over `sampling_timesteps` steps (Song 2021, eq. 12)."""
-        evenly = torch.linspace(-1, self.num_timesteps - 1, self.sampling_timesteps + 1)  # in float32, cut to whole ones
+        evenly = torch.linspace(-1, self.num_timesteps - 1, self.sampling_timesteps + 1)  # float32, cut to whole ones
         levels = self._levels(evenly.int().tolist()[:0:-1])
         return self._walk(self._euler, levels, self._noise(shape, seed), return_all_timesteps, on_step)
 
@@ -332,7 +334,7 @@ class GaussianDiffusion(nn.Module):
     def interpolate(
         self, x1: Tensor, x2: Tensor, t: int | None = None, lam: float = 0.5, *, seed: int | None = None
     ) -> Tensor:
-        """Pictures between x1 and x2, all (B, C, H, W) in [0, 1]: both noised to time t, mixed, denoised (Ho 2020, fig. 8).
+        """Pictures between x1 and x2, (B, C, H, W) in [0, 1]: both noised to time t, mixed, denoised (Ho 2020, fig. 8).
 
         Args:
             t: None for the noisiest.
@@ -397,7 +399,7 @@ class GaussianDiffusion(nn.Module):
                 warnings.warn(
                     f"pictures are expected in [{lowest:g}, 1], got [{low:.3g}, {high:.3g}]; they are used as they are "
                     "(this is said once)",
-                    stacklevel=3,
+                    stacklevel=5,  # where the diffusion was called
                 )
         return img * 2 - 1 if self.auto_normalize else img
 
@@ -408,7 +410,7 @@ class GaussianDiffusion(nn.Module):
         return "loss_weight" if self.edition == "today" else "p2_loss_weight"
 
     def _tables(self) -> dict[str, Tensor]:
-        """The schedule as the package stores it, all (T,) float32. Nothing here reads them; they go into checkpoints."""
+        """The schedule as the package stores it, all (T,) float32: for its checkpoints, nothing here reads them."""
         times = torch.arange(self.num_timesteps, dtype=torch.float64)
         level, before = self.schedule.level(times), self.schedule.previous(times)
         step, bar, bar_before = transition(level, before), level.alpha**2, before.alpha**2
@@ -448,7 +450,7 @@ class GaussianDiffusion(nn.Module):
 
     def _check_weight(self, name: str, found: Tensor) -> None:
         """Loss weights betray what the network predicts: refuse another objective, warn of another weighting."""
-        if len(found) == self.num_timesteps and _same(self.get_buffer(self._weight_name), found):
+        if _same(self.get_buffer(self._weight_name), found):
             return
         fits = _objectives_of(found, self.schedule) if name == "loss_weight" else {}
         if fits and self.objective not in fits:
@@ -484,7 +486,7 @@ def _read_size(image_size: int | Sequence[int], model: nn.Module) -> tuple[int, 
     factor = getattr(model, "downsample_factor", 1)
     if any(side % factor for side in sides):
         raise UserError(f"image_size must be a multiple of {factor} for this model, got {image_size!r}")
-    return cast("tuple[int, int]", sides)
+    return sides
 
 
 def _table(name: str, timesteps: int, settings: Mapping[str, float]) -> TableSchedule:
@@ -497,11 +499,19 @@ def _table(name: str, timesteps: int, settings: Mapping[str, float]) -> TableSch
     if timesteps < 2:
         raise UserError(f"timesteps must be at least 2, got {timesteps}")
     if name == "linear" and timesteps < 20:
-        raise UserError(f"beta_schedule='linear' needs at least 20 timesteps (its betas reach 20 / timesteps), got {timesteps}")
+        raise UserError(
+            f"beta_schedule='linear' needs at least 20 timesteps (its last beta is 20 / T), got {timesteps}"
+        )
     try:
         return TableSchedule(table(timesteps, **settings))
     except ValueError:
         raise UserError(f"beta_schedule={name!r} with {dict(settings)} has levels that do not get noisier") from None
+
+
+def _loss(name: str) -> Literal["l1", "l2", "huber"]:
+    if name not in LOSSES:
+        raise_unknown("loss_type", name, LOSSES)
+    return cast(Literal["l1", "l2", "huber"], name)
 
 
 def _weighting(
@@ -539,13 +549,15 @@ def _same(own: Tensor, found: Tensor) -> bool:
 
 def _other_schedule(found: Tensor, name: str, stored: Mapping[str, Any], timesteps: int) -> str:
     """One sentence on weights that were trained with another noise schedule, and which one if it is a known one."""
-    bar, fitting = stored.get("alphas_cumprod", found), ""
-    for candidate in BETA_SCHEDULES:
-        if len(found) >= 20 or candidate != "linear":
-            table = BETA_SCHEDULES[candidate][0](len(found)).float()
-            if name.startswith("alphas_cumprod") or "alphas_cumprod" in stored:
-                fitting = f" (it is beta_schedule={candidate!r}, timesteps={len(found)})" if _same(table, bar) else fitting
-    return f"these weights were trained with another noise schedule than this one of {timesteps} steps: their {name!r} differ{fitting}"
+    steps, bar = len(found), stored.get("alphas_cumprod")
+    known = [
+        (schedule, table) for schedule, (table, _) in BETA_SCHEDULES.items() if steps >= 20 or schedule != "linear"
+    ]
+    fits = [schedule for schedule, table in known if bar is not None and _same(table(steps), bar)]
+    which = f"; theirs is beta_schedule={fits[0]!r}, timesteps={steps}" if fits else f"; theirs has {steps} timesteps"
+    return (
+        f"these weights were trained with another noise schedule than this one ({timesteps} timesteps, {name}){which}"
+    )
 
 
 def _objectives_of(weight: Tensor, schedule: TableSchedule) -> dict[str, str]:
@@ -569,5 +581,5 @@ def _refuse_wrappers(stored: Mapping[str, Any]) -> None:
         raise UserError("this is a trainer's whole checkpoint; give load_state_dict its 'model' entry")
     if any(name.startswith("ema_model.") for name in stored):
         raise UserError(
-            "this is the state of a running average; give load_state_dict the entries under 'ema_model.' without that prefix"
+            "this is a running average's state; give load_state_dict its entries under 'ema_model.' without that prefix"
         )

@@ -228,7 +228,7 @@ SPACINGS = {"leading": leading, "trailing": trailing, "linspace": linspace}
 @each_kind
 @each_beta
 def test_ddpm_loop(betas: str, kind: str, variance: str, spacing: str, steps: int) -> None:
-    """Grids that end at t = 0. "Noise in the last step": on others diffusers adds noise to the final picture (t > 0)."""
+    """Grids that end at t = 0. "Noise in the last step": on others diffusers adds noise to the last picture (t > 0)."""
     table, options = BETAS[betas]
     network = Analytic(TableSchedule(table), KINDS[kind][0])
     scheduler = DDPMScheduler(

@@ -44,8 +44,8 @@ def _tell(built: Built) -> None:
     for style in dict.fromkeys(style for style, _ in built.rows):
         train, validation = built.rows[style, "train"], built.rows[style, "validation"]
         print(f"{style:12} {train:5} for training, {validation:4} for validation")
-    for style in built.absent:
-        print(f"{style.name:12} not built: {style.package.name} {style.package.version} was not found")
+    for absent in built.absent:
+        print(f"{absent.name:12} not built: {absent.package.name} {absent.package.version} was not found")
     for what, left_out in (("not in the packages", built.missing), ("equal to another one", built.duplicates)):
         if left_out:
             shown = ", ".join(f"{code} ({style})" for code, style in left_out[:5])

@@ -186,5 +186,3 @@ class Objective:
         else:
             error = F.smooth_l1_loss(out, target, reduction="none", beta=self.huber_delta)
         return error.flatten(1).mean(1)
-
-

@@ -294,8 +294,8 @@ def sigmoid_alpha_bar(
 ) -> Tensor:
     """`alpha_bar` falls as a sigmoid from u = 0 to 1 (Jabri 2022, section 3), betas clipped at `max_beta`.
 
-    `ends` is the type in which the two end values are rounded: denoising_diffusion_pytorch's tables have them in float32,
-    which shows at the noisiest levels.
+    `ends` is the type in which the two end values are rounded: denoising_diffusion_pytorch's tables have them in
+    float32, which shows at the noisiest levels.
     """
     u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     low, high = torch.sigmoid(torch.tensor([start / tau, end / tau], dtype=ends)).to(torch.float64)

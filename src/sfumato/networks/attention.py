@@ -97,7 +97,7 @@ class AttnProcessor(nn.Module):
             mask = cast(Tensor, prepared).view(len(x), attn.heads, -1, prepared.shape[-1])
             mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
         out = attention_kernel()(q, k, v, mask, attn.scale).transpose(1, 2).flatten(2)
-        out = attn.to_out[1](attn.to_out[0](out))
+        out = cast(Tensor, attn.to_out[1](attn.to_out[0](out)))
         if len(shape) == 4:
             out = out.transpose(1, 2).reshape(shape)
         if attn.residual_connection:
@@ -189,7 +189,7 @@ class Attention(nn.Module):
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, L, heads * D) -> (B, heads, L, D)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return x.reshape(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
     def head_to_batch_dim(self, x: Tensor, out_dim: int = 3) -> Tensor:
         """(B, L, heads * D) -> (B * heads, L, D), or (B, heads, L, D) when `out_dim` is 4."""
@@ -198,7 +198,7 @@ class Attention(nn.Module):
 
     def batch_to_head_dim(self, x: Tensor) -> Tensor:
         """(B * heads, L, D) -> (B, L, heads * D)."""
-        return x.unflatten(0, (-1, self.heads)).transpose(1, 2).flatten(2)
+        return x.reshape(-1, self.heads, *x.shape[1:]).transpose(1, 2).flatten(2)
 
     def get_attention_scores(
         self, query: Tensor, key: Tensor, attention_mask: Tensor | None = None

@@ -123,5 +123,5 @@ class ResnetBlock2D(nn.Module):
         hidden = self.conv2(self.dropout(self.act(hidden)))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
-        out = x + hidden
+        out: Tensor = x + hidden
         return out if self.output_scale_factor == 1 else out / self.output_scale_factor

@@ -221,10 +221,10 @@ class UNet2DModel(AttentionHost):
             hidden = self.mid_block(hidden, emb)
         for up in self.up_blocks:
             hidden = up(hidden, skips, emb)
-        hidden = self.conv_out(F.silu(self.conv_norm_out(hidden)))
+        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(hidden)))
         if self.config.time_embedding_type == "fourier":
-            hidden = hidden / times.to(hidden.dtype)[:, None, None, None]
-        return hidden
+            out = out / times.to(out.dtype)[:, None, None, None]
+        return out
 
     def _embed_classes(self, classes: Tensor) -> Tensor:
         assert self.class_embedding is not None

@@ -47,13 +47,16 @@ def train(
     Raises:
         UserError: before anything is written, when something does not fit.
     """
-    start = _where_to_start(recipe, run, resume)
+    notes: list[str] = []
+    start = _where_to_start(recipe, run, resume, notes.append)
     data, validation, bad = _checked_data(recipe)
     trainer = Trainer(recipe.task(data, validation), recipe.train, run, device)
     if trainer.rank != 0:
         say = _say_nothing
     if bad:
         say(f"{len(bad)} pictures are bad and left out; they are listed in {QUARANTINE}")
+    for note in notes:
+        say(f"passed over a damaged checkpoint: {note}")
     if start is not None:
         _check_checkpoint(start, trainer)
         trainer.resume(start)
@@ -70,6 +73,7 @@ def train(
         return "stopped"
     if trainer.rank == 0:
         say(f"finished: {trainer.export()}")
+    trainer.wait_for_all()
     return "finished"
 
 
@@ -96,8 +100,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _where_to_start(recipe: Recipe, run: Path, resume: str) -> Path | None:
-    """The checkpoint to go on from, None for a fresh start. Refuses folders that hold something else."""
+def _where_to_start(recipe: Recipe, run: Path, resume: str, note: Callable[[str], object]) -> Path | None:
+    """The checkpoint to go on from, None for a fresh start. Refuses folders that hold something else.
+
+    `note` is told of damaged checkpoints that were passed over.
+    """
     if run.exists() and not run.is_dir():
         raise UserError(f"{run} is a file; a run needs a folder")
     kept = run / CONFIG
@@ -110,8 +117,8 @@ def _where_to_start(recipe: Recipe, run: Path, resume: str) -> Path | None:
             )
         _refuse_other_run(kept, recipe)
     if resume not in ("auto", "never"):
-        return _checkpoint_at(Path(resume))
-    return state.newest(run)
+        return _checkpoint_at(Path(resume), note)
+    return state.newest(run, note)
 
 
 def _refuse_other_run(kept: Path, recipe: Recipe) -> None:
@@ -125,9 +132,9 @@ def _refuse_other_run(kept: Path, recipe: Recipe) -> None:
         )
 
 
-def _checkpoint_at(folder: Path) -> Path:
+def _checkpoint_at(folder: Path, note: Callable[[str], object]) -> Path:
     """The checkpoint that `--resume FOLDER` means: the folder itself, or a run's newest."""
-    newest = state.newest(folder) if (folder / state.FOLDER).is_dir() else folder
+    newest = state.newest(folder, note) if (folder / state.FOLDER).is_dir() else folder
     if newest is None:
         raise UserError(f"run {folder} has no checkpoint to start from")
     return newest

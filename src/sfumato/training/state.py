@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,18 +143,25 @@ def _found(run: Path) -> list[tuple[int, bool, Path]]:
     return sorted(steps, reverse=True)
 
 
-def newest(run: str | Path) -> Path | None:
+def newest(run: str | Path, passed_over: Callable[[str], object] = str) -> Path | None:
     """The newest sound checkpoint of a run, or None if it has none.
+
+    Args:
+        passed_over: told what is wrong with each newer one that is not sound.
 
     Raises:
         ModelFileError: if there are checkpoints but not one of them is sound.
     """
-    found = _found(Path(run))
-    for _, _, folder in found:
-        if damage(folder) is None:
+    problems: list[str] = []
+    for _, _, folder in _found(Path(run)):
+        problem = damage(folder)
+        if problem is None:
+            for text in problems:
+                passed_over(text)
             return folder
-    if found:
-        raise ModelFileError(f"none of the {len(found)} checkpoints in {run} is sound: {damage(found[0][2])}")
+        problems.append(problem)
+    if problems:
+        raise ModelFileError(f"none of the {len(problems)} checkpoints in {run} is sound: {problems[0]}")
     return None
 
 

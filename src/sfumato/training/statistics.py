@@ -60,7 +60,7 @@ class Look:
 class Statistics:
     """Figures of a set. `sizes` holds (width, height) and `modes` counts the modes of the good pictures; `values`
     counts those of the columns with few of them; `compared` pictures were searched for `near_duplicates`, the first
-    few pairs of keys."""
+    few pairs of keys; `across_splits` of all such pairs have one picture in one split and one in another."""
 
     total: int
     bad: list[BadPicture] = field(default_factory=list)
@@ -70,6 +70,7 @@ class Statistics:
     captions: list[str] = field(default_factory=list)
     near_duplicates: list[tuple[str, str]] = field(default_factory=list)
     near_duplicate_count: int = 0
+    across_splits: int = 0
     compared: int = 0
 
 
@@ -93,7 +94,10 @@ def find_bad(pictures: PictureSet, on_progress: Progress | None = None) -> list[
 def describe(pictures: PictureSet, on_progress: Progress | None = None) -> Statistics:
     """Look at every picture once and sum up; bad ones are listed and counted in nothing else."""
     found = Statistics(len(pictures))
-    keys, hashes, thumbnails = [], [], []
+    keys: list[str] = []
+    splits: list[str] = []
+    hashes: list[np.ndarray] = []
+    thumbnails: list[np.ndarray] = []
     for record, seen in zip(pictures.records, _each(pictures, _look, on_progress), strict=True):
         if isinstance(seen, BadPicture):
             found.bad.append(seen)
@@ -102,14 +106,17 @@ def describe(pictures: PictureSet, on_progress: Progress | None = None) -> Stati
         found.modes[seen.mode] += 1
         if len(keys) < COMPARED:
             keys.append(record.key)
+            splits.append(str(record.columns.get("split")))
             hashes.append(seen.hash)
             thumbnails.append(seen.thumbnail)
     found.values = _values(pictures.records)
     found.captions = [caption for record in pictures.records if (caption := _caption(record)) is not None]
     found.compared = len(keys)
     if keys:
+        split = np.array(splits)
         for first, second in _near(np.stack(hashes), np.stack(thumbnails)):
             found.near_duplicate_count += len(first)
+            found.across_splits += int((split[first] != split[second]).sum())
             room = _NAMED_PAIRS - len(found.near_duplicates)
             found.near_duplicates += [(keys[a], keys[b]) for a, b in zip(first[:room], second[:room], strict=True)]
     return found
@@ -209,7 +216,7 @@ def report(found: Statistics) -> list[str]:
     lines.append(_captions(found.captions))
     if found.compared:
         among = "" if found.compared + len(found.bad) == found.total else f" among the first {found.compared}"
-        lines.append(f"near-duplicates{among}: {found.near_duplicate_count} pairs")
+        lines.append(f"near-duplicates{among}: {found.near_duplicate_count} pairs, {found.across_splits} across splits")
         lines += [f"  {first}  {second}" for first, second in found.near_duplicates]
     return lines
 

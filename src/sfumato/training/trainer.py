@@ -55,7 +55,7 @@ class Task(Protocol):
     validation: PictureSet | None
 
     def wrap(self, prepare: Callable[[nn.Module], nn.Module]) -> None:
-        """Put a wrapper (data parallel) around the network wherever it is called."""
+        """Call `prepare(network)` in place of the network from now on: a data parallel wrapper, or itself again."""
         ...
 
     def loss(self, batch: Batch, generator: torch.Generator, device: torch.device) -> Loss:
@@ -178,14 +178,14 @@ class Trainer:
         self.device = self.accelerator.device if self.accelerator else device or default_device()
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         task.network.to(self.device).to(memory_format=layout)  # type: ignore[call-overload]
-        self.ema = EMA(task.network, config.ema.decay, config.ema.warmup)
         self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.step, self.bad_steps, self.stop_asked = 0, 0, False
         self._saved_step: int | None = None
         self._wrapped: nn.Module | None = None
         if self.accelerator:
-            task.wrap(self._prepare)
+            task.wrap(self._prepare)  # which gives all processes the weights of the main one
+        self.ema = EMA(task.network, config.ema.decay, config.ema.warmup)
 
     def _prepare(self, network: nn.Module) -> nn.Module:
         """Wrap the network for data parallel training, remembering the wrapper."""
@@ -259,6 +259,7 @@ class Trainer:
         """
         config, batches, tally = self.config, self._batches(), Tally()
         stopped, self.stop_asked = False, False
+        self._check_agreement()
         stream = batches.prefetch(self.step * config.accumulate)
         with Reporter(self.run, config.steps, self.step, speaks=self.rank == 0) as report, self._stopping(report):
             try:
@@ -278,6 +279,23 @@ class Trainer:
                     report.say(f"stopped and saved at step {self.step}; the same command goes on from here")
             finally:
                 stream.close()
+        self.wait_for_all()
+
+    def wait_for_all(self) -> None:
+        """Wait until every process has come this far."""
+        if self.accelerator:
+            self.accelerator.wait_for_everyone()
+
+    def _check_agreement(self) -> None:
+        """Refuse to start when the processes are at different steps."""
+        if self.accelerator is None:
+            return
+        sums = torch.tensor([self.step, self.step**2], dtype=torch.int64, device=self.device)
+        total, squares = self.accelerator.reduce(sums, "sum").tolist()
+        if squares * self.world != total**2:
+            raise UserError(
+                f"process {self.rank} is at step {self.step}, others are not; all need the same run folder"
+            )
 
     def _at_intervals(self, report: Reporter, last: bool) -> None:
         """Validate, draw and save when it is time to."""
@@ -472,9 +490,16 @@ class Trainer:
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
+        """The averaged weights in the network, and no wrapper around it: a process may call it alone."""
         self.task.network.eval()
-        with self.ema.in_place():
-            yield
+        if self._wrapped is not None:
+            self.task.wrap(lambda network: network)
+        try:
+            with self.ema.in_place():
+                yield
+        finally:
+            if (wrapped := self._wrapped) is not None:
+                self.task.wrap(lambda _: wrapped)
 
     @contextmanager
     def _stopping(self, report: Reporter) -> Iterator[None]:
@@ -509,13 +534,10 @@ def _accelerator(device: torch.device | None) -> Any:
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
         return None
     try:
-        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate import Accelerator
     except ImportError:
         raise UserError("training in several processes needs accelerate: pip install sfumato[train]") from None
-    # buffers are the same everywhere; sending them around would make the main process wait when it draws alone
-    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
-    cpu = device is not None and device.type == "cpu"
-    return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=handlers)
+    return Accelerator(cpu=device is not None and device.type == "cpu", mixed_precision="no")
 
 
 def _due(step: int, every: int, last: bool) -> bool:

@@ -7,7 +7,7 @@ never shows less than 0.7 of the drawing.
 >>> from PIL import Image
 >>> disc = Image.new("RGBA", (256, 256)); disc.paste((255, 0, 0, 255), (28, 28, 228, 228))
 >>> picture = fitted(disc, 64)
->>> picture.size, picture.getpixel((1, 1)), picture.getpixel((3, 3))
+>>> picture.size, picture.getpixel((0, 0)), picture.getpixel((32, 32))
 ((64, 64), (255, 255, 255), (255, 0, 0))
 """
 

@@ -85,9 +85,7 @@ def find(packages: Sequence[Package], folder: Path, workspace: Path) -> dict[Pac
         mine = [(version, path) for one, version, path in held if one == package]
         fitting = [path for version, path in mine if version in (package.version, None)]
         if mine and not fitting:
-            raise DataError(
-                f"{mine[0][1]} is {package.name} {mine[0][0]}; version {package.version} is expected"
-            )
+            raise DataError(f"{mine[0][1]} is {package.name} {mine[0][0]}; version {package.version} is expected")
         if fitting:
             found[package] = _opened(package, fitting[0], workspace)
     return found
@@ -107,7 +105,7 @@ def _files(folder: Path) -> list[Path]:
 def _unpacked(packages: Sequence[Package], folder: Path) -> list[tuple[Package, str | None, Path]]:
     """(package, version if known, root) of every unpacked one; a PyPI package alone does not say its version."""
     held: list[tuple[Package, str | None, Path]] = []
-    for place, names in _walk(folder.resolve()):
+    for place, names in _walk(folder.absolute()):
         described = _described(place / "package.json") if "package.json" in names else {}
         for package in packages:
             if package.registry == "npm" and described.get("name") == package.name:
@@ -183,6 +181,8 @@ def npm_pack(packages: Sequence[Package], folder: Path) -> None:
     except subprocess.TimeoutExpired:
         raise DataError(f"npm did not bring the packages within {_NPM_SECONDS // 60} minutes{remedy}") from None
     if done.returncode:
-        said = [line.removeprefix("npm error ").strip() for line in done.stderr.splitlines() if "npm error" in line]
-        reason = next((line for line in said if not line.startswith("code ")), f"exit code {done.returncode}")
+        said = re.findall(
+            r"^npm error (?!code |errno |syscall )(?:notarget |network )?(.+?)\.?$", done.stderr, re.MULTILINE
+        )
+        reason = said[0] if said else f"exit code {done.returncode}"
         raise DataError(f"npm could not bring the packages ({reason}){remedy}")

@@ -22,6 +22,7 @@ Recipe = DDPMRecipe
 METHODS: dict[str, type[Recipe]] = {"ddpm": DDPMRecipe}
 
 _MAX_YAML = 2**20
+_MAX_DEPTH = 30
 
 
 def names() -> list[str]:
@@ -80,9 +81,7 @@ def load(name_or_file: str, overrides: Sequence[str] = (), data: str | None = No
 def read_yaml(text: str, where: str) -> dict[str, Any]:
     """A YAML mapping; aliases and repeated keys are refused. Raises `UserError` with the line of the first problem."""
     try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                raise UserError(f"{where}:{_line(event.start_mark)} YAML aliases are not allowed")
+        _refuse_bombs(text, where)
         if (repeated := _repeated_key(yaml.compose(text, Loader=yaml.SafeLoader))) is not None:
             raise UserError(f"{where}:{_line(repeated.start_mark)} the key {repeated.value!r} comes twice")
         values = yaml.safe_load(text)
@@ -92,13 +91,22 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
         line = _line(getattr(error, "problem_mark", None))
         problem = getattr(error, "problem", None) or "not readable"
         raise UserError(f"{where}:{line} malformed YAML ({problem})") from None
-    except RecursionError:
-        raise UserError(f"{where}: YAML nested too deeply") from None
     except ValueError as error:  # a date or number that looks right and is not
         raise UserError(f"{where}: malformed YAML ({error})") from None
     if not isinstance(values, dict):
         raise UserError(f"{where}: a recipe is a mapping of keys to values")
     return values
+
+
+def _refuse_bombs(text: str, where: str) -> None:
+    """Raise `UserError` for what makes a small YAML text large: aliases, and nesting, which takes quadratic time."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise UserError(f"{where}:{_line(event.start_mark)} YAML aliases are not allowed")
+        if depth > _MAX_DEPTH:
+            raise UserError(f"{where}:{_line(event.start_mark)} YAML nested deeper than {_MAX_DEPTH} levels")
 
 
 def _line(mark: Any) -> str:
@@ -125,8 +133,11 @@ def _override(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError(f"{override!r} is not understood; write key=value, e.g. train.steps=1000")
     try:
+        _refuse_bombs(text, repr(key))
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except UserError:
+        raise
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"{override!r}: the value is not readable YAML") from None
     _override_value(values, key, value)
 

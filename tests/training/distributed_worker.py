@@ -1,0 +1,111 @@
+"""What each process of `test_distributed` does; started by `torch.distributed.run`, or alone.
+
+Usage: distributed_worker.py PICTURES OUT
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sfumato.diffusion.level import NoiseLevel
+from sfumato.diffusion.objective import Loss
+from sfumato.systems.config import parse
+from sfumato.training import run
+from sfumato.training.config import TrainConfig
+from sfumato.training.data import Batch, DataConfig, open_data
+from sfumato.training.recipes.ddpm import DDPMRecipe
+from sfumato.training.trainer import Trainer
+
+RANK = int(os.environ.get("RANK", "0"))
+CPU = torch.device("cpu")
+
+
+class LineTask:
+    """A linear map of each picture onto noise of its own: what is learnt depends on the pictures of a step alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.data, self.validation = open_data(DataConfig(path=str(folder), size=8, flip=True))
+        torch.manual_seed(5 + RANK)  # unlike each other: wrapping has to make them alike
+        self.network: nn.Module = nn.Linear(3 * 8 * 8, 4)
+        self.called = self.network
+        self.seen: list[list[int]] = []
+        self.losses: list[float] = []
+        self.poisoned: tuple[int, int] | None = None  # (rank, call) whose loss is not a number
+
+    def wrap(self, prepare: Any) -> None:
+        self.called = prepare(self.network)
+
+    def loss(self, batch: Batch, generator: torch.Generator, device: torch.device) -> Loss:
+        noise = torch.stack([torch.randn(4, generator=torch.Generator().manual_seed(int(i))) for i in batch.indices])
+        error = (self.called(batch.to_float().flatten(1)) - noise).square().mean(1)
+        factor = float("nan") if self.poisoned == (RANK, len(self.seen)) else 1.0
+        self.seen.append(batch.indices.tolist())
+        self.losses.append(float(error.detach().mean()))
+        half = torch.full((len(error),), 0.5, dtype=torch.float64)
+        return Loss(error.mean() * factor, error.detach(), NoiseLevel(half, half.sqrt(), half.sqrt()), error)
+
+    def draw(self, count: int, steps: int) -> Image.Image:
+        return Image.new("RGB", (count, steps))
+
+    def tensors(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        return weights
+
+    def weights(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors
+
+    def model_config(self) -> dict[str, Any]:
+        return {"system": "line"}
+
+
+def line(
+    pictures: Path, out: Path, name: str, stop_at: int | None = None, poisoned: tuple[int, int] | None = None
+) -> None:
+    """Train a `LineTask` and write down what this process saw and ended with."""
+    config = TrainConfig(steps=6, batch=8, accumulate=2, log_every=2, save_every=100, validate_every=0, sample_every=0)
+    task = LineTask(pictures)
+    task.poisoned = poisoned
+    trainer = Trainer(task, config, out / name, CPU)
+    one_step = trainer._one_step
+
+    def asked(*args: Any) -> float:
+        norm = one_step(*args)
+        if RANK == trainer.world - 1 and trainer.step == stop_at:
+            trainer.stop_asked = True  # as Ctrl-C in one process does
+        return norm
+
+    trainer._one_step = asked  # type: ignore[method-assign]
+    trainer.train()
+    tensors = {f"weights.{n}": t.clone() for n, t in task.network.state_dict().items()}
+    tensors |= {f"average.{n}": t.clone() for n, t in trainer.ema.averages.items()}
+    save_file(tensors, out / f"{name}-{RANK}.safetensors")
+    record = {"seen": task.seen, "losses": task.losses, "step": trainer.step, "updates": trainer.ema.updates}
+    (out / f"{name}-{RANK}.json").write_text(json.dumps(record))
+
+
+def ddpm(out: Path) -> None:
+    """Train the recipe in OUT, stop half-way, and go on, through the same door as the command."""
+    values = json.loads((out / "recipe.json").read_text())
+    said: list[str] = []
+    for steps in (2, 4):
+        values["train"]["steps"] = steps
+        result = run.train(parse(DDPMRecipe, values, "recipe"), out / "run", device=CPU, say=said.append)
+        assert result == "finished"
+    (out / f"said-{RANK}.json").write_text(json.dumps(said))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    pictures_, out_ = Path(sys.argv[1]), Path(sys.argv[2])
+    line(pictures_, out_, "plain")
+    line(pictures_, out_, "stopped", stop_at=3)
+    line(pictures_, out_, "poisoned", poisoned=(int(os.environ.get("WORLD_SIZE", "1")) - 1, 5))
+    ddpm(out_)

@@ -1,0 +1,338 @@
+"""Runs and recipes: where a run starts, what it refuses, and errors that name their place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from sfumato.errors import ModelFileError, UserError
+from sfumato.training import recipes, run, state
+from sfumato.training.config import RESUMABLE_CHANGES
+from sfumato.training.recipes.ddpm import DDPMRecipe
+
+from .training_cases import CPU, contents, lines, recipe_from, settings, write_pictures
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def train(recipe: DDPMRecipe, folder: Path, **options: Any) -> tuple[str, list[str]]:
+    """Train; (what became of it, what was said)."""
+    said: list[str] = []
+    result = run.train(recipe, folder, device=CPU, say=said.append, **options)
+    return result, said
+
+
+def recipe(data: Path, **train: Any) -> DDPMRecipe:
+    return recipe_from(settings(data, **({"steps": 2, "save_every": 1} | train)))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    newest = state.newest(folder)
+    assert newest is not None
+    return {name: tensor.clone() for name, tensor in state.load(newest).tensors.items()}
+
+
+# --- what differs
+
+
+def test_differing_names_the_settings() -> None:
+    before = {"a": {"b": 1, "c": [1, 2]}, "d": 1e-8, "gone": "x"}
+    now = {"a": {"b": 2, "c": [1, 2]}, "d": 1e-8, "new": {"deep": True}}
+    assert run.differing(before, now) == ["a.b: 1 -> 2", "gone: 'x' -> None", "new.deep: None -> True"]
+    assert run.differing(now, now) == []
+
+
+def test_what_may_change_does_not_differ() -> None:
+    values: dict[str, Any] = {}
+    for name in RESUMABLE_CHANGES:
+        *parents, last = name.split(".")
+        inner = values
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[last] = "other"
+    assert run.differing({}, values) == run.differing(values, {}) == []
+
+
+def test_every_resumable_setting_exists(data: Path) -> None:
+    flat = run._flat(recipe(data).model_dump(mode="json"))
+    assert set(RESUMABLE_CHANGES) <= flat.keys()
+
+
+def test_a_dumped_recipe_is_the_same_recipe(data: Path) -> None:
+    original = recipe_from(settings(data, optimizer={"lr": 1e-5, "eps": 1e-12, "betas": [0.9, 0.95]}))
+    again = recipes.read_yaml(run.dump(original), "dump")
+    assert run.differing(again, original.model_dump(mode="json")) == []
+    assert recipe_from(again) == original
+
+
+# --- where a run starts
+
+
+def test_a_run_from_nothing_to_a_model(tmp_path: Path, data: Path) -> None:
+    result, said = train(recipe(data), tmp_path / "deep" / "run")
+    assert result == "finished"
+    assert said[0].startswith("10 pictures, 2 classes; 0.0")
+    assert said[1].startswith("about ")
+    assert said[-1] == f"finished: {tmp_path / 'deep' / 'run' / 'model.safetensors'}"
+    names = {p.name for p in (tmp_path / "deep" / "run").iterdir()}
+    assert names == {"checkpoints", "config.yaml", "metrics.jsonl", "model.safetensors"}
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path, data: Path) -> None:
+    result, said = train(recipe(data), tmp_path / "run", dry_run=True)
+    assert result == "dry run"
+    assert len(said) == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_auto_goes_on_and_may_be_given_more_steps(tmp_path: Path, data: Path) -> None:
+    constant = {"optimizer": {"schedule": "constant", "warmup": 0}}
+    train(recipe(data, steps=4, **constant), tmp_path / "straight")
+    train(recipe(data, **constant), tmp_path / "run")
+    result, said = train(recipe(data, steps=4, **constant), tmp_path / "run")
+    assert result == "finished"
+    assert f"going on from {tmp_path / 'run' / 'checkpoints' / 'step-00000002'} at step 2" in said
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]
+    left, right = weights(tmp_path / "straight"), weights(tmp_path / "run")
+    assert all(torch.equal(left[n], right[n]) for n in left)
+    assert "steps: 4" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_auto_passes_over_a_damaged_checkpoint_and_says_so(tmp_path: Path, data: Path) -> None:
+    train(recipe(data), tmp_path / "run")
+    whole = weights(tmp_path / "run")
+    broken = tmp_path / "run" / "checkpoints" / "step-00000002" / "model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-1])
+    _, said = train(recipe(data), tmp_path / "run")
+    assert f"passed over a damaged checkpoint: {broken} does not match its manifest" in said
+    assert any("at step 1" in line for line in said)
+    again = weights(tmp_path / "run")
+    assert all(torch.equal(whole[n], again[n]) for n in whole)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(tmp_path: Path, data: Path) -> None:
+    train(recipe(data), tmp_path / "run")
+    for manifest in (tmp_path / "run").rglob("manifest.json"):
+        manifest.unlink()
+    with pytest.raises(ModelFileError, match="none of the 2 checkpoints"):
+        train(recipe(data), tmp_path / "run")
+
+
+def test_auto_refuses_another_config(tmp_path: Path, data: Path) -> None:
+    train(recipe(data), tmp_path / "run")
+    before = contents(tmp_path / "run")
+    with pytest.raises(UserError, match="holds a run with another config .*train.seed: 0 -> 1.*choose another folder"):
+        train(recipe(data, seed=1), tmp_path / "run")
+    with pytest.raises(UserError, match=r"train.batch: 4 -> 2; .* and 2 more\)"):
+        train(recipe(data, batch=2, seed=1, optimizer={"lr": 1.0, "eps": 1e-9, "warmup": 1}), tmp_path / "run")
+    for options in ({"resume": str(tmp_path / "run")}, {"dry_run": True}):
+        with pytest.raises(UserError, match="another config"):
+            train(recipe(data, seed=1), tmp_path / "run", **options)
+    assert contents(tmp_path / "run") == before
+
+
+def test_never_wants_an_unused_folder(tmp_path: Path, data: Path) -> None:
+    assert train(recipe(data), tmp_path / "run", resume="never")[0] == "finished"
+    with pytest.raises(UserError, match="already holds a run"):
+        train(recipe(data), tmp_path / "run", resume="never")
+
+
+def test_folders_that_hold_something_else(tmp_path: Path, data: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("precious")
+    (tmp_path / "file").write_text("precious")
+    for resume in ("auto", "never", str(tmp_path)):
+        with pytest.raises(UserError, match="is not empty and is no training run"):
+            train(recipe(data), tmp_path / "thesis", resume=resume)
+        with pytest.raises(UserError, match="is a file; a run needs a folder"):
+            train(recipe(data), tmp_path / "file", resume=resume)
+    (tmp_path / "empty").mkdir()
+    assert train(recipe(data), tmp_path / "empty")[0] == "finished"
+
+
+def test_from_a_checkpoint_or_run_into_a_new_folder(tmp_path: Path, data: Path) -> None:
+    train(recipe(data), tmp_path / "first")
+    older = tmp_path / "first" / "checkpoints" / "step-00000001"
+    before = contents(tmp_path / "first")
+    _, said = train(recipe(data), tmp_path / "second", resume=str(older))
+    assert f"going on from {older} at step 1" in said
+    left, right = weights(tmp_path / "first"), weights(tmp_path / "second")
+    assert all(torch.equal(left[n], right[n]) for n in left)
+    _, said = train(recipe(data, steps=3), tmp_path / "third", resume=str(tmp_path / "first"))
+    assert any("step-00000002 at step 2" in line for line in said)
+    assert contents(tmp_path / "first") == before
+
+
+def test_a_checkpoint_that_is_none(tmp_path: Path, data: Path) -> None:
+    with pytest.raises(ModelFileError, match="no checkpoint at"):
+        train(recipe(data), tmp_path / "run", resume=str(tmp_path / "missing"))
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="has no checkpoint to start from"):
+        train(recipe(data), tmp_path / "run", resume=str(tmp_path / "empty"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_another_model(tmp_path: Path, data: Path) -> None:
+    train(recipe(data), tmp_path / "first")
+    values = settings(data, steps=3)
+    values["model"]["network"] = values["model"]["network"] | {"layers_per_block": 2}
+    with pytest.raises(UserError, match="network.layers_per_block: 1 -> 2"):
+        train(recipe_from(values), tmp_path / "second", resume=str(tmp_path / "first"))
+
+
+def test_data_that_have_changed_are_refused(tmp_path: Path) -> None:
+    pictures = write_pictures(tmp_path / "pictures")
+    train(recipe(pictures), tmp_path / "run")
+    (pictures / "bird" / "00.png").unlink()
+    with pytest.raises(UserError, match="data have changed since .*: 10 pictures then, 9 now"):
+        train(recipe(pictures, steps=4), tmp_path / "run")
+    write_pictures(tmp_path / "pictures")
+    (pictures / "bird" / "00.png").rename(pictures / "bird" / "zz.png")
+    with pytest.raises(UserError, match="data have changed since .*: as many pictures, but other names"):
+        train(recipe(pictures, steps=4), tmp_path / "run")
+
+
+def test_the_data_may_have_moved(tmp_path: Path) -> None:
+    pictures = write_pictures(tmp_path / "pictures")
+    train(recipe(pictures), tmp_path / "run")
+    pictures.rename(tmp_path / "elsewhere")
+    assert train(recipe(tmp_path / "elsewhere", steps=3), tmp_path / "run")[0] == "finished"
+
+
+def test_bad_pictures_are_listed(tmp_path: Path) -> None:
+    pictures = write_pictures(tmp_path / "pictures")
+    (pictures / "bird" / "bad.png").write_bytes(b"not a picture")
+    values = settings(pictures, steps=1)
+    with pytest.raises(UserError, match="bad.png"):
+        train(recipe_from(values), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    values["data"]["skip_bad"] = True
+    _, said = train(recipe_from(values), tmp_path / "run")
+    assert "1 pictures are bad and left out; they are listed in quarantine.txt" in said
+    assert (tmp_path / "run" / "quarantine.txt").read_text().startswith("bird/bad.png: ")
+
+
+# --- recipes
+
+
+def load(tmp_path: Path, text: str, *overrides: str, data: str | None = ".") -> DDPMRecipe:
+    path = tmp_path / "my.yaml"
+    path.write_text(text, encoding="utf-8")
+    return recipes.load(str(path), overrides, data)
+
+
+GOOD = "recipe: ddpm\ndata: {size: 8}\ntrain:\n  steps: 3\n"
+BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("recipe: ddpm\ndata: {size: 8\ntrain: 3\n", r"my.yaml: line 3: malformed YAML \("),
+        ("recipe: ddpm\n\tdata: 3\n", r"my.yaml: line 2: malformed YAML \("),
+        ("recipe: ddpm\nwhen: 2020-13-45\n", r"malformed YAML \(month must be in 1..12"),
+        ("recipe: ddpm\nx: " + "1" * 5000 + "\n", "malformed YAML"),
+        ("recipe: ddpm\nx: !!python/object/apply:os.system [ls]\n", r"line 2: malformed YAML \(.*constructor"),
+        ("recipe: ddpm\n? [a]\n: 3\n", "line 2: malformed YAML"),
+        ("recipe: ddpm\nx: " + "[" * 20_000, "line 2: YAML nested deeper than 30 levels"),
+        ("\x00", "malformed YAML"),
+        ("a: &a 1\nb: *a\n", "my.yaml: line 2: YAML aliases are not allowed"),
+        (BOMB, "line 2: YAML aliases are not allowed"),
+        ("train:\n  steps: 1\ntrain:\n  steps: 2\n", "line 3: the key 'train' comes twice"),
+        ("train:\n  steps: 1\n  steps: 2\n", "line 3: the key 'steps' comes twice"),
+        ("- a\n- b\n", "a recipe is a mapping of keys to values"),
+        ("", "a recipe is a mapping of keys to values"),
+        ("just text", "a recipe is a mapping of keys to values"),
+        ("--- {a: 1}\n--- {b: 2}\n", "malformed YAML"),
+        ("data: {size: 8}\n", "recipe must be one of ddpm, got None"),
+        ("recipe: ddmp\n", r"got 'ddmp' \(did you mean 'ddpm'\?\)"),
+        ("recipe: [ddpm]\n", r"got \['ddpm'\]"),
+        (GOOD + "  stpes: 4\n", r"unknown key 'train.stpes' \(did you mean 'steps'\?\)"),
+        (GOOD + "trian: {}\n", r"unknown key 'trian' \(did you mean 'train'\?\)"),
+        (GOOD + "3: 4\n", "my.yaml: "),
+        (GOOD + "  optimizer: {lr: fast}\n", "train.optimizer.lr: .*got 'fast'"),
+        (GOOD + "  optimizer: {lr: .nan}\n", "train.optimizer.lr: .*finite"),
+        (GOOD + "  optimizer: {lr: -1}\n", "train.optimizer.lr: .*greater than 0, got -1"),
+        (GOOD + "  optimizer: 3\n", "train.optimizer: "),
+        (GOOD + "  precision: fp8\n", "train.precision: .*'fp8'"),
+        (GOOD + "  keep: 1\n", "train.keep: .*greater than or equal to 2"),
+        (GOOD + "  batch: 2.5\n", "train.batch: .*got 2.5"),
+        (GOOD + "objective: {los: l1}\n", r"unknown objective key 'los' \(did you mean 'loss'\?\)"),
+        (GOOD + "objective: {loss: l3}\n", "l3"),
+        (GOOD + "objective: {vlb_weight: many}\n", "vlb_weight"),
+        (GOOD + "model: {network: {block_out_chanels: [8]}}\n", "block_out_channels"),
+        (GOOD + "model: {network: {norm_num_groups: 0}}\n", "my.yaml: "),
+        (GOOD + "model: {schedule: {name: cosin}}\n", "model.schedule.name: .*'cosin'"),
+        (GOOD + "model: {sampling: {sampler: ddmi}}\n", r"'ddmi' \(did you mean 'ddim'\?\)"),
+        ("recipe: ddpm\ndata: 3\n", "data"),
+        ("recipe: ddpm\ndata: {size: 0}\n", "data.size: .*got 0"),
+        ("recipe: ddpm\ndata: {}\n", "data.size: field required"),
+    ],
+)
+def test_a_recipe_that_is_wrong_is_refused_in_one_sentence(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        load(tmp_path, text)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 800
+
+
+def test_overrides(tmp_path: Path) -> None:
+    given = ("train.steps=7", "train.optimizer.lr=1e-3", "model.network={dropout: 0.1}", "data.flip=yes")
+    found = load(tmp_path, GOOD, *given)
+    assert found.train.steps == 7
+    assert found.train.optimizer.lr == 1e-3
+    assert found.model.network == {"dropout": 0.1}
+    assert found.data.flip is True
+    assert found.data.path == "."
+    assert load(tmp_path, GOOD, "description=a=b").description == "a=b"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.steps", "'train.steps' is not understood; write key=value, e.g. train.steps=1000"),
+        ("=3", "'=3' is not understood"),
+        ("train.steps=[1", r"'train.steps=\[1': the value is not readable YAML"),
+        ("train.steps=2020-13-45", "the value is not readable YAML"),
+        ("train.steps=" + "[" * 20_000, "'train.steps': line 1: YAML nested deeper than 30 levels"),
+        ("train.stpes=3", r"unknown key 'train.stpes' \(did you mean 'steps'\?\)"),
+        ("train.steps.more=3", "train.steps.more: steps is a value, not a group of keys"),
+        ("train.steps=many", "train.steps: .*got 'many'"),
+        ("train..steps=3", "unknown key"),
+        ("train.steps=", "train.steps: .*got None"),
+    ],
+)
+def test_overrides_that_are_wrong(tmp_path: Path, override: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        load(tmp_path, GOOD, override)
+
+
+def test_a_recipe_needs_data(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="my.yaml names no data; give --data FOLDER"):
+        load(tmp_path, GOOD, data=None)
+
+
+def test_names_and_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"unknown recipe 'ddpm-emoji' \(did you mean 'ddpm-emoji32'\?\)"):
+        recipes.load("ddpm-emoji")
+    with pytest.raises(UserError, match="no recipe file at"):
+        recipes.load(str(tmp_path / "none.yaml"))
+    (tmp_path / "big.yaml").write_text("#" * (2**20 + 1))
+    with pytest.raises(UserError, match="larger than a recipe can be"):
+        recipes.load(str(tmp_path / "big.yaml"))
+    (tmp_path / "binary.yml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="cannot be read as text"):
+        recipes.load(str(tmp_path / "binary.yml"))
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_that_comes_with_the_package_is_valid(name: str) -> None:
+    found = recipes.load(name, data=".")
+    assert found.description
+    assert recipe_from(yaml.safe_load(run.dump(found))) == found
