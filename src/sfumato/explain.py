@@ -115,7 +115,8 @@ def _noised(x0: Tensor, path: Schedule, shown: list[int], seed: int) -> tuple[li
 def _compare(axes: Axes, level: NoiseLevel, x0: Tensor, chain: Tensor, jump: Tensor) -> None:
     for way, x, filled in (("chain", chain, True), ("jump", jump, False)):
         added = (x - float(level.alpha) * x0).flatten()
-        axes.hist(added.numpy(), bins=41, density=True, histtype="step", fill=filled, alpha=0.6, label=way, range=(-4, 4))
+        style: dict[str, Any] = {"histtype": "step", "fill": filled, "alpha": 0.6}
+        axes.hist(added.numpy(), bins=41, density=True, label=way, range=(-4, 4), **style)
         axes.plot([], [], " ", label=f"{added.mean():+.3f}, {added.std():.3f}")
     axes.set_title(f"sigma = {float(level.sigma):.3f}", fontsize=7)
     axes.legend(fontsize=4.5, loc="upper right", frameon=False)
