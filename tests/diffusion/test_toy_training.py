@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sfumato.diffusion.denoiser import TIME, TIME_1000, Denoiser, Preconditioning, edm_preconditioning
 from sfumato.diffusion.grid import Grid, karras, trailing
-from sfumato.diffusion.guidance import unguided
+from sfumato.diffusion.guidance import clip_x0, unguided
 from sfumato.diffusion.objective import Objective
 from sfumato.diffusion.parameterization import parameterization
 from sfumato.diffusion.sample import sample, start
@@ -28,6 +28,7 @@ from sfumato.random import NoiseSource
 from .diffusion_cases import SCHEDULES
 
 RADIUS, STD, MODES = 1.0, 0.05, 8
+BOUND = RADIUS + 5 * STD  # of the data, as [-1, 1] is of pictures
 SIGMA_DATA = math.sqrt(RADIUS**2 / 2 + STD**2)
 ANGLES = torch.arange(MODES) * (2 * math.pi / MODES)
 CENTRES = RADIUS * torch.stack([torch.cos(ANGLES), torch.sin(ANGLES)], dim=1)
@@ -123,7 +124,8 @@ def suited(schedule: Schedule, objective: Objective) -> tuple[Solver[Any], Grid]
 def judge(denoiser: Denoiser, objective: Objective, n: int = 2000) -> Outcome:
     method, levels = suited(denoiser.schedule, objective)
     noise = NoiseSource(range(n), (2,))
-    x = sample(unguided(denoiser.eval()), method, start(noise, levels[0]), levels, denoiser.schedule, noise=noise)
+    denoise = clip_x0(unguided(denoiser.eval()), -BOUND, BOUND)
+    x = sample(denoise, method, start(noise, levels[0]), levels, denoiser.schedule, noise=noise)
     distance, mode = (x[:, None] - CENTRES).norm(dim=-1).min(dim=1)
     near = distance < 3 * STD
     shares = torch.bincount(mode[near], minlength=MODES) / n
