@@ -27,7 +27,7 @@ from sfumato.random import NoiseSource
 
 from .diffusion_cases import SCHEDULES
 
-RADIUS, STD, MODES = 1.0, 0.05, 8
+RADIUS, STD, MODES = 1.0, 0.1, 8
 BOUND = RADIUS + 5 * STD  # of the data, as [-1, 1] is of pictures
 SIGMA_DATA = math.sqrt(RADIUS**2 / 2 + STD**2)
 ANGLES = torch.arange(MODES) * (2 * math.pi / MODES)
@@ -103,7 +103,7 @@ def make(kind: str, schedule: Schedule, objective: Objective, self_condition: bo
     )
 
 
-def train(denoiser: Denoiser, objective: Objective, steps: int = 3500, batch: int = 256, rate: float = 1e-2) -> None:
+def train(denoiser: Denoiser, objective: Objective, steps: int = 7000, batch: int = 256, rate: float = 1e-2) -> None:
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=rate, betas=(0.9, 0.99), fused=True)
     decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
