@@ -95,5 +95,9 @@ RESUMABLE_CHANGES = (
     "data.path",
     "data.cache_bytes",
     "description",
+    "model.sampling",
+    "model.title",
+    "model.licence",
+    "model.source",
 )
-"""Settings that may differ between a run and its resumption; any other difference is another run."""
+"""Settings, or groups of them, that may differ between a run and its resumption; any other difference is another run."""

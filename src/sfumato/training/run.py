@@ -89,8 +89,12 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
-        if key not in RESUMABLE_CHANGES and old.get(key) != new.get(key)
+        if not _may_change(key) and old.get(key) != new.get(key)
     ]
+
+
+def _may_change(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in RESUMABLE_CHANGES)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -142,7 +146,7 @@ def _checkpoint_at(folder: Path, note: Callable[[str], object]) -> Path:
 
 def _check_checkpoint(start: Path, trainer: Trainer) -> None:
     """Refuse a checkpoint of another model than the one to be trained, naming what differs."""
-    changes = differing(state.load(start).config, trainer.task.model_config())
+    changes = differing({"model": state.load(start).config}, {"model": trainer.task.model_config()})
     if changes:
         raise UserError(f"{start} holds another model than this recipe trains ({'; '.join(changes[:3])})")
 

@@ -531,13 +531,17 @@ def default_device() -> torch.device:
 
 def _accelerator(device: torch.device | None) -> Any:
     """An `accelerate.Accelerator` when more than one process was launched, else None."""
-    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world <= 1:
         return None
     try:
         from accelerate import Accelerator
     except ImportError:
         raise UserError("training in several processes needs accelerate: pip install sfumato[train]") from None
-    return Accelerator(cpu=device is not None and device.type == "cpu", mixed_precision="no")
+    accelerator = Accelerator(cpu=(device or default_device()).type == "cpu", mixed_precision="no")
+    if accelerator.num_processes != world:
+        raise UserError(f"{world} processes were launched, but only {accelerator.num_processes} train together")
+    return accelerator
 
 
 def _due(step: int, every: int, last: bool) -> bool:
