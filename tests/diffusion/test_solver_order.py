@@ -16,13 +16,11 @@ from scipy.integrate import solve_ivp
 from sfumato.diffusion.analytic import MixtureData
 from sfumato.diffusion.level import NoiseLevel
 from sfumato.diffusion.sample import sample
-from sfumato.diffusion.solvers import Euler, Heun, Solver
+from sfumato.diffusion.solvers import Solver
 from sfumato.random import NoiseSource
 
 from .diffusion_cases import SCHEDULES
-
-DETERMINISTIC: dict[str, Solver] = {"euler (ddim)": Euler(), "heun": Heun()}
-"""A new deterministic solver joins here."""
+from .solver_cases import DETERMINISTIC
 
 FIRST, LAST = -4.0, 3.0
 STEPS = (20, 40, 80, 160, 320)

@@ -1,4 +1,4 @@
-"""Sampling methods by name. Adding one is one class in this folder and one line here.
+"""Sampling methods: one class each. Every module of this folder is imported, and with it registered.
 
 >>> solver("DDIM")
 Euler(eta=0.0, churn=Churn(amount=0.0, low=0.0, high=inf, noise=1.0), order=1)
@@ -6,29 +6,16 @@ Euler(eta=0.0, churn=Churn(amount=0.0, low=0.0, high=inf, noise=1.0), order=1)
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import importlib
+import pkgutil
 
 from sfumato.diffusion.solvers.ancestral import Ancestral
 from sfumato.diffusion.solvers.base import Solver
 from sfumato.diffusion.solvers.euler import Churn, Euler
 from sfumato.diffusion.solvers.heun import Heun
-from sfumato.errors import raise_unknown
+from sfumato.diffusion.solvers.registry import SOLVERS, Method, find, method, solver
 
-SOLVERS: dict[str, Callable[..., Solver[Any]]] = {
-    "ddpm": Ancestral,
-    "ddim": Euler,
-    "euler": Euler,
-    "heun": Heun,
-}
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
-
-def solver(name: str, **options: Any) -> Solver[Any]:
-    """The solver of that name (case does not matter) with its options. Unknown names raise `UserError`."""
-    folded = name.casefold().strip()
-    if folded not in SOLVERS:
-        raise_unknown("sampler", name, SOLVERS)
-    return SOLVERS[folded](**options)
-
-
-__all__ = ["SOLVERS", "Ancestral", "Churn", "Euler", "Heun", "Solver", "solver"]
+__all__ = ["SOLVERS", "Ancestral", "Churn", "Euler", "Heun", "Method", "Solver", "find", "method", "solver"]

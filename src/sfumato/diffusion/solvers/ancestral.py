@@ -18,12 +18,14 @@ from sfumato.diffusion.level import NoiseLevel, expand
 from sfumato.diffusion.posterior import Transition, learned_log_variance, transition
 from sfumato.diffusion.schedule import Schedule
 from sfumato.diffusion.solvers.base import Ask
+from sfumato.diffusion.solvers.registry import method
 from sfumato.errors import UserError, raise_unknown
 from sfumato.random import NoiseSource
 
 VARIANCES = ("small", "large", "learned")
 
 
+@method("ddpm", "DDPM", "DDPMScheduler", "ddpm_ancestral", "p_sample", stochastic=True)
 @dataclass(frozen=True)
 class Ancestral:
     """Ancestral sampling (Ho 2020, alg. 2), on any grid and path. Reads `x0`.

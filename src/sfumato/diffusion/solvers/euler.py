@@ -18,6 +18,7 @@ from sfumato.diffusion.level import NoiseLevel, expand
 from sfumato.diffusion.posterior import renoise, transition
 from sfumato.diffusion.schedule import Schedule
 from sfumato.diffusion.solvers.base import Ask, first_order
+from sfumato.diffusion.solvers.registry import method
 from sfumato.errors import UserError
 from sfumato.random import NoiseSource
 
@@ -37,9 +38,7 @@ class Churn:
     high: float = math.inf
     noise: float = 1.0
 
-    def apply(
-        self, x: Tensor, now: NoiseLevel, path: Path, noise: NoiseSource
-    ) -> tuple[Tensor, NoiseLevel]:
+    def apply(self, x: Tensor, now: NoiseLevel, path: Path, noise: NoiseSource) -> tuple[Tensor, NoiseLevel]:
         """The churned state and its level; both unchanged where there is nothing to do."""
         if self.amount == 0 or bool((now.alpha == 0).any()) or not self.low <= float(now.nsr) <= self.high:
             return x, now
@@ -55,6 +54,8 @@ class Path:
     steps: int
 
 
+@method("ddim", "DDIM", "DDIMScheduler", "plain_ddim")
+@method("euler", "Euler", "EulerDiscreteScheduler", "k_euler", "FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler")
 @dataclass(frozen=True)
 class Euler:
     """`x' = alpha' x0 + sqrt(sigma'² - s²) eps + s z`, `s = eta sqrt(beta-tilde)`. Reads `x0` and `eps`.

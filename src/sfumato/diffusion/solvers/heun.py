@@ -16,9 +16,11 @@ from sfumato.diffusion.level import NoiseLevel
 from sfumato.diffusion.schedule import Schedule
 from sfumato.diffusion.solvers.base import Ask, along, first_order
 from sfumato.diffusion.solvers.euler import Churn, Path
+from sfumato.diffusion.solvers.registry import method
 from sfumato.random import NoiseSource
 
 
+@method("heun", "Heun", "HeunDiscreteScheduler", "k_heun", "FlowMatchHeunDiscreteScheduler", evaluations=2)
 @dataclass(frozen=True)
 class Heun:
     """Euler to the next level, then the trapezoid of both slopes (Karras 2022, alg. 1-2). Reads `eps`.
