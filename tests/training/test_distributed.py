@@ -112,3 +112,18 @@ def test_a_whole_run_by_the_front_door(outs: dict[int, Path]) -> None:
     # the noise is each process's own, so weights are close to those of one process, not equal
     alone, together = (load_file(outs[world] / "run" / "model.safetensors") for world in (1, 2))
     assert max(float((alone[n] - together[n]).abs().max()) for n in alone) < 0.02
+
+
+def test_the_command_itself_trains_together(tmp_path: Path) -> None:
+    """Launched twice on a machine without a GPU, without a word on the device: one run, not two."""
+    write_pictures(tmp_path / "pictures", 12)
+    out = tmp_path / "run"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "sfumato", "train"]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(settings(tmp_path / "pictures", steps=2)))
+    command = [sys.executable, *launcher, str(recipe), "--out", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("finished: ") == 1
+    assert [line["step"] for line in lines(out) if "loss" in line] == [1, 2]
