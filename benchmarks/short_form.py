@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import peer_lucidrains
 import torch
 from torch import Tensor, nn
 
-import peer_lucidrains
 import sfumato
 
 

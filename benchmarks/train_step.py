@@ -19,10 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peer_lucidrains
 import torch
 from torch import Tensor, nn
 
-import peer_lucidrains
 import sfumato
 
 SIZE, BATCH = 64, 8

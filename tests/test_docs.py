@@ -138,3 +138,11 @@ def test_lines_are_found(tmp_path: Path) -> None:
     ]
     assert quick(["sfumato", "generate"])[-2:] == ["--steps", "2"]
     assert quick(["sfumato", "train", "x"])[3:] == list(QUICK)
+
+
+def test_the_solver_of_the_page_on_extending_is_the_real_one() -> None:
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    source, case = blocks(ROOT / "docs" / "extending.md", ("python",))
+    assert source.strip() in (ROOT / "src/sfumato/diffusion/solvers/flow_heun.py").read_text(encoding="utf-8")
+    assert case.strip() in (ROOT / "tests/diffusion/solver_cases.py").read_text(encoding="utf-8")
+    assert "`src/sfumato/diffusion/solvers/flow_heun.py`" in page

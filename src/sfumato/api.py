@@ -21,14 +21,13 @@ from torch import Tensor
 
 from sfumato import __version__, models
 from sfumato.diffusion.denoiser import Denoiser
-from sfumato.diffusion.grid import GRIDS
 from sfumato.diffusion.hooks import Hook, keep
-from sfumato.diffusion.solvers import Solver
+from sfumato.diffusion.solvers import Solver, find
 from sfumato.errors import ModelFileError, UserError, nearest, raise_unknown
 from sfumato.images import to_pil, with_settings
 from sfumato.networks.attention import attention_kernel
 from sfumato.systems import Opened, open_system
-from sfumato.tasks.draw import choose_solver, draw
+from sfumato.tasks.draw import choose_schedule, choose_solver, choose_steps, draw, ignores_learned_variance
 from sfumato.training import state
 from sfumato.training.trainer import default_device
 
@@ -87,7 +86,8 @@ class Model:
         Args:
             prompt, negative: for models that read text; others refuse them.
             seed: of the first picture; picture i has `seed + i`. None draws one (it is in the settings).
-            steps, sampler, schedule, guidance: None for the model's own defaults; `sampler` may be a `Solver`.
+            steps, sampler, schedule, guidance: None for the model's own defaults; `sampler` may be a `Solver`. Any
+                program's names will do (`sfumato samplers`, `sfumato schedules`); a sampler's may carry the schedule's.
             label: a class of a class-conditional model, or several, which the pictures take in turn; "all" is every
                 class in turn; None leaves the class open.
             width, height: in pixels; a pixel-space model draws its own size only.
@@ -112,6 +112,19 @@ class Model:
             seeds = range(first + start, first + min(start + _BATCH, count))
             pictures += self._draw_batch(seeds, labels[start : start + _BATCH], settings, sampler, on_step)
         return pictures
+
+    def steps(self, steps: int | None, sampler: str | Solver[Any] | None, schedule: str | None) -> int:
+        """How many steps a picture takes with these settings, None standing for the model's own."""
+        chosen = sampler if sampler is not None else self.system.config.sampling.sampler
+        return choose_steps(self.system, choose_schedule(self.system, chosen, schedule), steps)
+
+    def remarks(self, sampler: str | Solver[Any] | None = None) -> list[str]:
+        """What a user should know of drawing with this sampler (None: the model's own), each in one sentence."""
+        if not ignores_learned_variance(self.system, sampler):
+            return []
+        name = sampler or self.system.config.sampling.sampler
+        title = find(name)[0].title if isinstance(name, str) else type(name).__name__
+        return [f"model {self.name} has learned the variance of its steps, which the sampler {title} ignores"]
 
     def redraw(self, settings: Mapping[str, Any]) -> Image.Image:
         """The picture that stored settings describe, drawn in the same batch as then.
@@ -182,15 +195,13 @@ class Model:
             raise UserError(f"steps must be at least 1, got {steps}")
         chosen = defaults.sampler if sampler is None else sampler
         choose_solver(self.system, chosen)
-        spacing = (schedule or defaults.schedule).casefold()
-        if spacing not in GRIDS:
-            raise_unknown("schedule", schedule or "", GRIDS)
+        spacing = choose_schedule(self.system, chosen, schedule)
         width, height = self.system.shape[2], self.system.shape[1]
         return {
             "model": self.name,
             "model_hash": self.sha256,
-            "steps": steps or defaults.steps,
-            "sampler": chosen.casefold() if isinstance(chosen, str) else repr(chosen),
+            "steps": choose_steps(self.system, spacing, steps),
+            "sampler": find(chosen)[0].name if isinstance(chosen, str) else repr(chosen),
             "schedule": spacing,
             "guidance": guidance if guidance is not None else (defaults.guidance if labelled else 1.0),
             "width": width,

@@ -10,7 +10,7 @@ Each function returns a matplotlib `Figure` (`pip install sfumato[explain]`); `s
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,9 +27,11 @@ from sfumato.diffusion.parameterization import X0
 from sfumato.diffusion.posterior import renoise
 from sfumato.diffusion.schedule import Schedule
 from sfumato.errors import UserError, raise_unknown
+from sfumato.evaluation import solvers as comparison
 from sfumato.images import from_pil, to_pil
 from sfumato.random import NoiseSource
 from sfumato.systems.config import ScheduleConfig
+from sfumato.tasks.draw import guided
 from sfumato.training.trainer import LEVEL_EDGES
 
 if TYPE_CHECKING:
@@ -219,4 +221,99 @@ def loss(run: Path) -> Figure:
     by_level.set_xlabel("half log SNR (left: mostly noise)")
     by_level.set_ylabel("unweighted loss")
     by_level.legend(fontsize=8)
+    return figure
+
+
+def solvers(
+    model: Model,
+    *,
+    budgets: Sequence[int] = comparison.BUDGETS,
+    names: Sequence[str] | None = None,
+    schedule: str | None = None,
+    seed: int = 0,
+    pictures: int = 4,
+    note: Callable[[str], object] = lambda _: None,
+) -> tuple[Figure, dict[str, list[comparison.Error]]]:
+    """Error against network evaluations for all solvers, on a mixture whose solution is known and on a model.
+
+    The mixture lies on the model's own path (its noise schedule), so both panels ask the same grids of the solvers.
+
+    Args:
+        budgets: numbers of network evaluations.
+        names: methods; None for all.
+        schedule: spacing of steps for all methods but those that want one of their own; None for the model's own.
+        pictures: of the model, seeds `seed` …, without labels.
+        note: told what is at work.
+
+    Returns:
+        the figure, and the errors behind it by "mixture" and "model".
+    """
+    path, spacing = model.denoiser.schedule, schedule or model.system.config.sampling.schedule
+    data, count = comparison.mixture(), 2000
+    note("mixture")
+    on_mixture = comparison.compare(
+        data, path, lambda: NoiseSource(range(seed, seed + count), (2,)), spacing=spacing, budgets=budgets,
+        names=names, data=data.sample(count, torch.Generator().manual_seed(seed)), note=note,
+    )  # fmt: skip
+    note(model.name)
+    device = next(model.denoiser.network.parameters()).device
+    denoise = guided(model.system, [None] * pictures, None)
+    on_model = comparison.compare(
+        denoise, path, lambda: NoiseSource(range(seed, seed + pictures), model.system.shape, device=device),
+        spacing=spacing, budgets=budgets, names=names, note=note,
+    )  # fmt: skip
+    found = {"mixture": on_mixture, "model": on_model}
+    return _solver_figure(found, model.name, spacing), found
+
+
+def solver_table(found: Mapping[str, Sequence[comparison.Error]], budgets: Sequence[int]) -> str:
+    """The errors as a table in Markdown, best first at the middle budget; with a line on which to pick at each budget.
+
+    Each cell holds the distance from the exact solution on the model, or for a stochastic method the sliced Wasserstein
+    distance to the data on the mixture, marked with a star.
+    """
+    values: dict[str, dict[int, float]] = {}
+    stochastic = {e.method for e in found["mixture"] if e.ode is None}
+    for error in (*found["mixture"], *found["model"]):
+        if error.method in stochastic and error.distribution is not None:
+            values.setdefault(error.method, {})[error.budget] = error.distribution
+    for error in found["model"]:
+        if error.ode is not None:
+            values.setdefault(error.method, {})[error.budget] = error.ode
+    middle = budgets[len(budgets) // 2]
+    ordered = sorted(values, key=lambda m: (m in stochastic, values[m].get(middle, float("inf"))))
+    lines = ["| sampler | " + " | ".join(str(b) for b in budgets) + " |", "|---" * (len(budgets) + 1) + "|"]
+    for method in ordered:
+        cells = [f"{values[method][b]:.4f}" if b in values[method] else "" for b in budgets]
+        lines.append(f"| {method}{' *' if method in stochastic else ''} | " + " | ".join(cells) + " |")
+    for budget in budgets:
+        best = sorted((m for m in ordered if m not in stochastic and budget in values[m]), key=lambda m: values[m][budget])
+        if best:
+            lines.append(f"{budget} evaluations: {', '.join(best[:3])}")
+    return "\n".join(lines)
+
+
+def _solver_figure(found: dict[str, list[comparison.Error]], name: str, spacing: str) -> Figure:
+    figure, rows = _figure(1, 3, 16, 6.5)
+    panels: list[tuple[Axes, str, str, str]] = [
+        (rows[0][0], "mixture", "ode", "distance from the exact solution, mixture"),
+        (rows[0][1], "mixture", "distribution", "sliced Wasserstein distance to the data, mixture"),
+        (rows[0][2], "model", "ode", f"distance from the exact solution, {name}"),
+    ]
+    names = list(dict.fromkeys(e.method for e in found["mixture"]))
+    marks = "ov^s*DPXh<>"
+    for axes, where, what, title in panels:
+        for index, method in enumerate(names):
+            points = [(e.evaluations, getattr(e, what)) for e in found[where] if e.method == method]
+            points = sorted(p for p in points if p[1] is not None)
+            if points:
+                style: dict[str, Any] = {"marker": marks[index % len(marks)], "color": f"C{index % 10}", "markersize": 3.5}
+                axes.plot([p[0] for p in points], [p[1] for p in points], linewidth=0.9, label=method, **style)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("network evaluations")
+        axes.set_title(title, fontsize=9)
+    handles, labels = rows[0][1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=9, fontsize=7)
+    figure.suptitle(f"Solvers on the schedule of {name}, {spacing} grid", fontsize=10)
     return figure

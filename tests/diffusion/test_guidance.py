@@ -11,9 +11,13 @@ from torch import Tensor, nn
 from sfumato.condition import Condition
 from sfumato.diffusion.analytic import GaussianData
 from sfumato.diffusion.denoiser import TIME_1000, Denoiser, Prediction, edm_preconditioning
-from sfumato.diffusion.guidance import classifier_free, clip_x0, dynamic_threshold, unguided
+from sfumato.diffusion.guidance import cfg_plus_plus, classifier_free, clip_x0, dynamic_threshold, unguided
 from sfumato.diffusion.level import CLEAN, NoiseLevel
 from sfumato.diffusion.parameterization import EPS, Parameterization, V
+from sfumato.diffusion.sample import sample
+from sfumato.diffusion.solvers import Euler
+from sfumato.errors import UserError
+from sfumato.random import NoiseSource
 
 from .diffusion_cases import PARAMETERIZATIONS, SCHEDULES
 
@@ -227,6 +231,55 @@ def test_mismatched_conditions_are_refused(denoiser: Denoiser) -> None:
     guided = classifier_free(denoiser, conditions()[0], Condition(), 3.0)
     with pytest.raises(ValueError, match="only one fills 'labels'"):
         guided(pictures(), LEVEL, None)
+
+
+# --- CFG++ -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("scale", [0.0, 0.6, 1.0])
+def test_cfg_plus_plus_guides_x0_and_keeps_the_null_s_noise(denoiser: Denoiser, scale: float, batched: bool) -> None:
+    """Chung 2024, algorithm 2: `x0` from `eps_null + lambda (eps_cond - eps_null)`, renoised with `eps_null`."""
+    x, (condition, null) = pictures(), conditions()
+    without, with_ = (unguided(denoiser, c)(x, LEVEL, None) for c in (null, condition))
+    found = cfg_plus_plus(denoiser, condition, null, scale, batched=batched)(x, LEVEL, None)
+    guided = without.eps + scale * (with_.eps - without.eps)
+    assert torch.allclose(found.x0, (x - float(LEVEL.sigma) * guided) / float(LEVEL.alpha), atol=1e-5)
+    assert torch.allclose(found.eps, without.eps, atol=1e-6)
+
+
+def test_cfg_plus_plus_at_zero_is_the_null_and_never_off(denoiser: Denoiser) -> None:
+    x, (condition, null) = pictures(), conditions()
+    none, full = (cfg_plus_plus(denoiser, condition, null, s)(x, LEVEL, None) for s in (0.0, 1.0))
+    assert same(none, unguided(denoiser, null)(x, LEVEL, None), atol=1e-6)
+    plain = unguided(denoiser, condition)(x, LEVEL, None)
+    assert torch.allclose(full.x0, plain.x0, atol=1e-5) and not torch.allclose(full.eps, plain.eps, atol=1e-3)
+
+
+def test_a_ddim_step_of_cfg_plus_plus_is_plain_guidance_of_a_scale_that_grows_with_the_step(denoiser: Denoiser) -> None:
+    """The same point as plain guidance of `w = lambda a' s / (a' s - s' a)` (Chung 2024, section 3)."""
+    x, (condition, null), nxt = pictures(), conditions(), LINEAR.level(300)
+    noise = NoiseSource([0, 1], (3, 6, 6))
+    up = float(nxt.alpha * LEVEL.sigma)
+    scale = 0.5 * up / (up - float(nxt.sigma * LEVEL.alpha))
+    ends = [
+        sample(denoise, Euler(), x, [LEVEL, nxt], LINEAR, noise=noise)
+        for denoise in (
+            cfg_plus_plus(denoiser, condition, null, 0.5),
+            classifier_free(denoiser, condition, null, scale),
+        )
+    ]
+    assert torch.allclose(*ends, atol=2e-5)
+
+
+def test_cfg_plus_plus_keeps_the_conditional_variance_and_refuses_other_scales() -> None:
+    denoiser = Denoiser(TinyNet(outputs=6), LINEAR, learned_variance=True)
+    x, (condition, null) = pictures(), conditions()
+    found = cfg_plus_plus(denoiser, condition, null, 0.4)(x, LEVEL, None).var_frac
+    assert torch.allclose(found, denoiser(x, LEVEL, condition).var_frac, atol=1e-6)
+    for scale in (-0.1, 7.5):
+        with pytest.raises(UserError, match=r"scale in \[0, 1\]"):
+            cfg_plus_plus(denoiser, condition, null, scale)
 
 
 # --- clipping --------------------------------------------------------------------------------------------------------

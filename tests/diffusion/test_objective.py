@@ -276,3 +276,152 @@ def test_objectives_are_values() -> None:
 def test_bad_options_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         Objective(**options)
+
+
+# --- weights, carried over to every parameterization, pure noise included ---------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cosine", "zero_linear", "zero_scaled_linear", "ve", "flow", "flow, shift 3"])
+def test_weights_in_closed_form_for_every_parameterization(name: str) -> None:
+    """A weight w on x0 is `w (sigma / D)²` on the output; written out for each parameterization, in alpha and sigma."""
+    schedule = SCHEDULES[name]
+    level = schedule.level(schedule.t_from_uniform((torch.arange(400, dtype=torch.float64) + 0.5) / 400))
+    a, s = level.alpha, level.sigma
+    carried = {
+        "eps": s**2 / a**2,
+        "x0": torch.ones_like(a),
+        "v": s**2 / (a**2 + s**2) ** 2,
+        "flow": s**2 / (a + s) ** 2,
+        "edm": (0.5 * s) ** 2 / (s**2 + 0.25 * a**2),
+    }
+    for kind in PARAMETERIZATIONS.values():
+        if kind is EPS and math.isinf(schedule.nsr_range[1]):
+            continue
+        denoiser = net(0.0, schedule=schedule, kind=kind)
+        snr = (a / s) ** 2
+        minimum = Objective(weighting="min_snr").weight(denoiser, level)
+        debiased = Objective(weighting="debiased").weight(denoiser, level)
+        assert torch.allclose(minimum, snr.clamp(max=5) * carried[kind.name], rtol=1e-10)
+        assert torch.allclose(debiased, torch.sqrt(snr) * carried[kind.name], rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["zero_linear", "zero_scaled_linear", "flow"])
+@pytest.mark.parametrize("weighting", ["uniform", "p2", "min_snr", "debiased"])
+def test_weights_are_finite_at_pure_noise(name: str, weighting: Any) -> None:
+    """At alpha = 0, where SNR is 0: min-SNR and debiased are 0, p2 is `k^-gamma`; losses and gradients are finite."""
+    schedule, objective = SCHEDULES[name], Objective(weighting=weighting, p2_k=2.0)
+    level = schedule.level(torch.full((8,), schedule.t_range[1]))
+    assert float(level.alpha.max()) == 0
+    wanted = {"uniform": 1.0, "p2": 0.5, "min_snr": 0.0, "debiased": 0.0}[weighting]
+    for kind in PARAMETERIZATIONS.values():
+        if kind is not EPS:
+            denoiser = net(0.3, schedule=schedule, kind=kind)
+            assert torch.equal(objective.weight(denoiser, level), torch.full((8,), wanted, dtype=torch.float64))
+            loss = objective.measure(denoiser, *batch()[:1], level, batch()[1])
+            loss.value.backward()
+            assert math.isfinite(loss.value.item()) and bool(torch.isfinite(denoiser.network.values.grad).all())
+
+
+def test_debiased_is_one_over_the_root_of_snr_for_eps() -> None:
+    """Yu 2024, eq. 10."""
+    for name in ("linear", "scaled_linear", "cosine"):
+        found, snr = weights(Objective(weighting="debiased"), SCHEDULES[name], EPS)
+        assert torch.allclose(found, snr**-0.5, rtol=1e-10)
+
+
+# --- what the noise is made of ----------------------------------------------------------------------------------------
+
+
+def drawn(objective: Objective, *shape: int, seed: int = 0) -> Tensor:
+    return objective.noise(torch.zeros(shape), seeded(seed))
+
+
+def test_offset_noise_moves_whole_channels() -> None:
+    n, strength = 4000, 0.5
+    plain, moved = (drawn(Objective(offset_noise=s), n, 2, 3, 3) for s in (0.0, strength))
+    shift = moved - plain
+    assert float((shift - shift[:, :, :1, :1]).abs().max()) < 1e-6
+    assert float(shift[:, :, 0, 0].std()) == pytest.approx(strength, rel=4 / math.sqrt(4 * n))
+    assert float(moved.var()) == pytest.approx(1 + strength**2, rel=0.05)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (2, 5, 7), (1, 9), (1, 2, 4, 6)])
+def test_pyramid_noise_has_unit_variance_in_every_element(shape: tuple[int, ...]) -> None:
+    n = 6000
+    eps = drawn(Objective(pyramid_noise=0.8), n, *shape)
+    assert eps.shape == (n, *shape)
+    deviation = eps.var(0) - 1
+    assert float(deviation.abs().max()) < 5 * math.sqrt(2 / n)
+    assert float(eps.mean(0).abs().max()) < 5 / math.sqrt(n)
+
+
+def test_pyramid_noise_is_coarse_by_its_discount() -> None:
+    """Neighbours are correlated, channels are not; a mean over the picture keeps `sum d^2i v_i / sum d^2i`."""
+    n, correlations = 4000, []
+    for discount in (0.0, 0.3, 0.9):
+        eps = drawn(Objective(pyramid_noise=discount), n, 2, 4, 4)
+        correlations.append(float((eps[:, 0, 1, 1] * eps[:, 0, 1, 2]).mean()))
+        assert abs(float((eps[:, 0] * eps[:, 1]).mean((1, 2)).mean())) < 0.05
+    assert correlations == sorted(correlations) and abs(correlations[0]) < 0.05 and correlations[2] > 0.3
+    coarsest = drawn(Objective(pyramid_noise=1.0), n, 1, 2)  # two layers: plain, and one value for both
+    assert float((coarsest[:, 0, 0] * coarsest[:, 0, 1]).mean()) == pytest.approx(0.5, abs=4 * math.sqrt(1.25 / n))
+
+
+def test_no_discount_is_plain_noise_and_points_have_no_pyramid() -> None:
+    assert torch.equal(drawn(Objective(), 3, 1, 4, 4), torch.randn((3, 1, 4, 4), generator=seeded()))
+    with pytest.raises(UserError, match="pyramid_noise needs pictures"):
+        drawn(Objective(pyramid_noise=0.5), 3, 2)
+
+
+def test_input_perturbation_is_shown_and_not_asked_for() -> None:
+    """Ning 2023, alg. 1: x_t is made with `eps + gamma z`, the target is eps."""
+    x0 = torch.zeros(2000, 1, 2, 2)
+    plain, shaken = net(0.0), net(0.0)
+    one = Objective()(plain, x0, generator=seeded())
+    two = Objective(input_perturbation=0.5)(shaken, x0, generator=seeded())
+    assert torch.equal(one.level.t, two.level.t) and torch.equal(one.per_picture, two.per_picture)
+    sigma = one.level.sigma.float()[:, None, None, None]
+    z = (shaken.network.inputs[0] - plain.network.inputs[0]) / sigma / 0.5
+    assert float(z.var()) == pytest.approx(1, abs=5 * math.sqrt(2 / 8000))
+    assert abs(float(z.mean())) < 5 / math.sqrt(8000)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"pyramid_noise": 0.7}, {"input_perturbation": 0.1}, {"density": "logit_normal"}, {"density": "log_normal"}],
+)
+def test_every_option_s_randomness_is_the_generator_s(options: dict[str, Any]) -> None:
+    x0, objective = torch.zeros(16, 1, 4, 4), Objective(**options)
+    before = torch.get_rng_state()
+    one, two, three = (objective(net(0.3), x0, generator=seeded(s)) for s in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(one.value, two.value) and not torch.equal(one.value, three.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"density": "lognormal"}, "unknown density 'lognormal' .did you mean 'log_normal'"),
+        ({"importance": "moment"}, "unknown importance 'moment'"),
+        ({"weighting": "debias"}, "did you mean 'debiased'"),
+        ({"logit_std": 0.0}, "logit_std must be positive"),
+        ({"log_nsr_std": -1.0}, "log_nsr_std must be positive"),
+        ({"log_nsr_mean": math.nan}, "log_nsr_mean must be a finite number"),
+        ({"huber_delta": math.inf}, "huber_delta must be a finite number"),
+        ({"pyramid_noise": 1.5}, r"pyramid_noise must lie in \[0, 1\]"),
+        ({"input_perturbation": -0.1}, "input_perturbation must not be negative"),
+        ({"importance_history": 0}, "importance_history must be at least 1"),
+        ({"importance_uniform": 2.0}, r"importance_uniform must lie in \[0, 1\]"),
+        ({"p2_k": -1.0}, "p2_k must not be negative"),
+    ],
+)
+def test_bad_new_options_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Objective(**options)
+    assert Objective(min_snr_gamma=math.inf).min_snr_gamma == math.inf
+
+
+def test_a_weight_that_would_be_infinite_is_refused() -> None:
+    Objective(weighting="p2", p2_k=0.0).check(net(0.0))
+    with pytest.raises(UserError, match="p2_k must be positive with a schedule that ends in pure noise"):
+        Objective(weighting="p2", p2_k=0.0).check(net(0.0, schedule=SCHEDULES["zero_linear"], kind=V))

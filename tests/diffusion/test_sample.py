@@ -270,7 +270,7 @@ def test_analytic_denoisers_agree_with_each_other() -> None:
 
 def test_names_and_options() -> None:
     assert solver("DDIM", eta=0.3) == Euler(eta=0.3) and solver(" heun ") == Heun()
-    assert [SOLVERS[name]().order for name in ("ddpm", "ddim", "euler", "heun")] == [1, 1, 1, 2]
+    assert [SOLVERS[name].build().order for name in ("ddpm", "ddim", "euler", "heun")] == [1, 1, 1, 2]
     with pytest.raises(UserError, match="did you mean 'euler'"):
         solver("eular")
     with pytest.raises(UserError, match="did you mean 'small'"):

@@ -46,9 +46,9 @@ REFUSED = {("eps", name) for name in ("zero_linear", "zero_scaled_linear", "flow
 class Perceptron(nn.Module):
     """(x, t) -> outputs, with Fourier features of the time, which is brought to about [0, 1] by `unit`."""
 
-    def __init__(self, inputs: int, outputs: int, unit: float, width: int = 128) -> None:
+    def __init__(self, inputs: int, outputs: int, unit: float, shape: tuple[int, ...], width: int = 128) -> None:
         super().__init__()
-        self.unit = unit
+        self.unit, self.shape = unit, shape
         self.register_buffer("of_time", math.pi * 2.0 ** torch.arange(-1, 6))
         self.register_buffer("of_place", math.pi * 2.0 ** torch.arange(-1, 3))
         features = inputs * (1 + 2 * len(self.of_place)) + 2 * len(self.of_time)
@@ -60,9 +60,11 @@ class Perceptron(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x = x.flatten(1)
         when, where = (t * self.unit)[:, None] * self.of_time, (x[..., None] * self.of_place).flatten(1)
         waves = torch.cat([when, where], dim=1)
-        return self.layers(torch.cat([x, torch.sin(waves), torch.cos(waves)], dim=1))
+        out = self.layers(torch.cat([x, torch.sin(waves), torch.cos(waves)], dim=1))
+        return out.reshape(len(x), -1, *self.shape[1:])
 
 
 def draw_data(n: int, generator: torch.Generator) -> Tensor:
@@ -92,7 +94,8 @@ class Outcome:
 def make(kind: str, schedule: Schedule, objective: Objective, self_condition: bool = False) -> Denoiser:
     preconditioning, unit = shown(schedule)
     learned = objective.vlb_weight > 0
-    network = Perceptron(4 if self_condition else 2, 4 if learned else 2, unit)
+    shape = (1, 2) if objective.pyramid_noise else (2,)  # a picture of two points, or a point of two channels
+    network = Perceptron(4 if self_condition else 2, 4 if learned else 2, unit, shape)
     return Denoiser(
         network,
         schedule,
@@ -104,11 +107,14 @@ def make(kind: str, schedule: Schedule, objective: Objective, self_condition: bo
 
 
 def train(denoiser: Denoiser, objective: Objective, steps: int = 7000, batch: int = 256, rate: float = 1e-2) -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator, history = torch.Generator().manual_seed(0), objective.history(denoiser.schedule)
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=rate, betas=(0.9, 0.99), fused=True)
     decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     for _ in range(steps):
-        loss = objective(denoiser, draw_data(batch, generator), generator=generator)
+        x0 = draw_data(batch, generator).reshape(batch, *denoiser.network.shape)
+        loss = objective(denoiser, x0, generator=generator, history=history)
+        if history is not None:
+            history.record(loss.parts, loss.sampled)
         optimizer.zero_grad(set_to_none=True)
         loss.value.backward()
         torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
@@ -123,9 +129,9 @@ def suited(schedule: Schedule, objective: Objective) -> tuple[Solver[Any], Grid]
 
 def judge(denoiser: Denoiser, objective: Objective, n: int = 2000) -> Outcome:
     method, levels = suited(denoiser.schedule, objective)
-    noise = NoiseSource(range(n), (2,))
+    noise = NoiseSource(range(n), denoiser.network.shape)
     denoise = clip_x0(unguided(denoiser.eval()), -BOUND, BOUND)
-    x = sample(denoise, method, start(noise, levels[0]), levels, denoiser.schedule, noise=noise)
+    x = sample(denoise, method, start(noise, levels[0]), levels, denoiser.schedule, noise=noise).flatten(1)
     distance, mode = (x[:, None] - CENTRES).norm(dim=-1).min(dim=1)
     near = distance < 3 * STD
     shares = torch.bincount(mode[near], minlength=MODES) / n
@@ -159,6 +165,14 @@ OPTIONS: dict[str, tuple[Objective, bool]] = {
     "min_snr": (Objective(weighting="min_snr"), False),
     "self-conditioning": (Objective(), True),
     "learned variance": (Objective(vlb_weight=0.001, continuous_data=True), False),
+    "debiased": (Objective(weighting="debiased"), False),
+    "logit_normal": (Objective(density="logit_normal"), False),
+    "log_normal": (Objective(density="log_normal"), False),
+    "importance": (Objective(importance="second_moment"), False),
+    "offset noise": (Objective(offset_noise=0.1), False),
+    "pyramid noise": (Objective(pyramid_noise=0.3), False),
+    "input perturbation": (Objective(input_perturbation=0.1), False),
+    "immiscible": (Objective(immiscible=True), False),
 }
 PAIRS = [("eps", "linear"), ("v", "cosine"), ("flow", "flow")]
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sfumato.diffusion.level import NoiseLevel
 from sfumato.diffusion.objective import Loss
 from sfumato.systems.config import parse
-from sfumato.training import run
+from sfumato.training import run, state
 from sfumato.training.config import TrainConfig
 from sfumato.training.data import Batch, DataConfig, open_data
 from sfumato.training.recipes.ddpm import DDPMRecipe
@@ -102,6 +102,23 @@ def ddpm(out: Path) -> None:
     (out / f"said-{RANK}.json").write_text(json.dumps(said))
 
 
+def adaptive(out: Path) -> None:
+    """Train with importance sampling, at once and in two halves, and write down what this process remembers."""
+    values = json.loads((out / "recipe.json").read_text())
+    values["objective"] = {"importance": "second_moment", "importance_history": 2}
+    values["model"]["schedule"] = {"name": "cosine", "steps": 3}
+    for name, ends in (("straight", (6,)), ("halves", (3, 6))):
+        for steps in ends:
+            values["train"] |= {"steps": steps, "validate_every": 0, "sample_every": 0, "save_every": 3}
+            recipe = parse(DDPMRecipe, values, "recipe")
+            trainer = Trainer(recipe.task(*open_data(recipe.data)), recipe.train, out / f"adaptive-{name}", CPU)
+            if steps != ends[0]:
+                trainer.resume(state.newest(trainer.run) or out)
+            trainer.train()
+        assert trainer.history is not None and trainer.history.warm
+        save_file(trainer.history.tensors(), out / f"adaptive-{name}-{RANK}.safetensors")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     pictures_, out_ = Path(sys.argv[1]), Path(sys.argv[2])
@@ -109,3 +126,4 @@ if __name__ == "__main__":
     line(pictures_, out_, "stopped", stop_at=3)
     line(pictures_, out_, "poisoned", poisoned=(int(os.environ.get("WORLD_SIZE", "1")) - 1, 5))
     ddpm(out_)
+    adaptive(out_)

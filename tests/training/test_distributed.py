@@ -114,6 +114,18 @@ def test_a_whole_run_by_the_front_door(outs: dict[int, Path]) -> None:
     assert max(float((alone[n] - together[n]).abs().max()) for n in alone) < 0.02
 
 
+def test_importance_sampling_is_the_same_in_all_processes_and_goes_on(outs: dict[int, Path]) -> None:
+    for world in (1, 2):
+        found = [
+            load_file(outs[world] / f"adaptive-{name}-{rank}.safetensors")
+            for name in ("straight", "halves")
+            for rank in range(world)
+        ]
+        assert found[0]["counts"].tolist() == [2, 2, 2] and bool((found[0]["losses"] > 0).all())
+        for other in found[1:]:
+            assert all(torch.equal(other[n], found[0][n]) for n in found[0])
+
+
 def test_the_command_itself_trains_together(tmp_path: Path) -> None:
     """Launched twice on a machine without a GPU, without a word on the device: one run, not two."""
     write_pictures(tmp_path / "pictures", 12)

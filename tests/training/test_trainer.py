@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,8 @@ def line_trainer(folder: Path, run: Path, options: dict[str, Any] | None = None,
 
 # --- resuming
 
+IMPORTANCE = {"importance": "second_moment", "importance_history": 1}
+
 RICH: dict[str, Any] = {
     "plain": {},
     "accumulate": {"train": {"accumulate": 2}},
@@ -110,6 +113,10 @@ RICH: dict[str, Any] = {
         "objective": {"vlb_weight": 0.001},
         "train": {"ema": {"decay": 0.0}, "optimizer": {"schedule": "linear", "clip_norm": 0, "weight_decay": 0.1}},
     },
+    "importance": {"objective": IMPORTANCE, "schedule": {"name": "cosine", "steps": 3}, "train": {"accumulate": 2}},
+    "coloured noise": {
+        "objective": {"density": "log_normal", "pyramid_noise": 0.8, "input_perturbation": 0.1, "offset_noise": 0.1}
+    },
 }
 
 
@@ -120,6 +127,7 @@ def rich(data: Path, case: dict[str, Any], **train: Any) -> Any:
     values["model"]["network"] = values["model"]["network"] | case.get("network", {})
     values["model"]["prediction"] |= case.get("prediction", {})
     values["objective"] = case.get("objective", {})
+    values["model"]["schedule"] = case.get("schedule", values["model"]["schedule"])
     values["label_dropout"] = case.get("label_dropout", 0.1)
     return recipe_from(values)
 
@@ -147,6 +155,53 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, data: Path, n
             assert_equal(read_model(left).tensors, read_model(right).tensors)
     losses = [[line["loss"] for line in lines(tmp_path / run)] for run in ("straight", "halves")]
     assert losses[0] == losses[1]
+
+
+def test_importance_sampling_remembers_what_training_saw_and_validation_does_not_move(
+    tmp_path: Path, data: Path
+) -> None:
+    case = RICH["importance"] | {"data": {"validation_fraction": 0.3}}
+    trainer = trainer_for(rich(data, case, steps=6, validate_every=2), tmp_path / "run")
+    history = trainer.history
+    assert history is not None
+    trainer.estimate()
+    assert int(history.counts.sum()) == 0
+    trainer.train()
+    assert history.warm and not torch.equal(history.probabilities(), torch.full((3,), 1 / 3, dtype=torch.float64))
+    kept = history.tensors()
+    before = trainer.validate()
+    history.record(torch.tensor([0, 1]), torch.tensor([100.0, 1e-3]))
+    assert trainer.validate() == before
+    history.restore(kept)
+    trainer.validate()
+    assert all(torch.equal(t, kept[n]) for n, t in history.tensors().items())
+
+
+def test_a_step_that_is_left_out_is_not_remembered(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_for(rich(data, RICH["importance"], steps=2), tmp_path / "run")
+    loss = trainer.task.loss
+
+    def poisoned(*args: Any) -> Loss:
+        found = loss(*args)
+        return replace(found, value=found.value * float("nan")) if trainer.step == 1 else found
+
+    monkeypatch.setattr(trainer.task, "loss", poisoned)
+    seen = []
+    assert trainer.history is not None
+    monkeypatch.setattr(trainer.history, "record", lambda parts, losses: seen.append((len(parts), len(losses))))
+    trainer.train()
+    assert seen == [(4, 4)]
+
+
+def test_a_checkpoint_with_another_importance_sampling_is_refused(tmp_path: Path, data: Path) -> None:
+    plain, adaptive = RICH["plain"], RICH["importance"]
+    longer = adaptive | {"objective": IMPORTANCE | {"importance_history": 2}}
+    for name, made, opened in (("a", plain, adaptive), ("b", adaptive, plain), ("c", adaptive, longer)):
+        first = trainer_for(rich(data, made, steps=2), tmp_path / name)
+        first.train()
+        with pytest.raises(ModelFileError, match="importance sampling"):
+            resumed(rich(data, opened, steps=4), tmp_path / name)
+
 
 
 def stop_after(trainer: Trainer, steps: int) -> None:

@@ -83,6 +83,8 @@ def everything(trainer: Trainer) -> dict[str, Tensor]:
     tensors = {f"weights {n}": t.clone() for n, t in trainer.task.network.state_dict().items()}
     tensors |= {f"average {n}": t.clone() for n, t in trainer.ema.averages.items()}
     tensors |= {f"optimizer {n}": t.clone() for n, t in state.optimizer_tensors(trainer.optimizer).items()}
+    if trainer.history is not None:
+        tensors |= {f"history {n}": t for n, t in trainer.history.tensors().items()}
     return tensors | {"counters": torch.tensor([trainer.step, trainer.ema.updates])}
 
 

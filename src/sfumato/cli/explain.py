@@ -1,7 +1,7 @@
 """`sfumato explain`: figures that explain diffusion.
 
 >>> sorted(command.name or command.callback.__name__ for command in explain_app.registered_commands)
-['forward', 'loss', 'reverse', 'schedule']
+['forward', 'loss', 'reverse', 'schedule', 'solvers']
 """
 
 from __future__ import annotations
@@ -102,3 +102,38 @@ def loss(
     from sfumato import explain
 
     _save(explain.loss(run), out)
+
+
+@explain_app.command()
+def solvers(
+    out: Out,
+    methods: Annotated[list[str] | None, typer.Argument(help="Samplers to compare. [all]")] = None,
+    model: Annotated[str | None, typer.Option(help="A name, a file or a run. [best in the box]")] = None,
+    budgets: Annotated[str, typer.Option(help="Numbers of network evaluations.")] = "8,12,20,32,50,100",
+    schedule: Annotated[str | None, typer.Option(help="Spacing of steps. [the model's own]")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every error as JSON instead of the table.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Error against network evaluations for all solvers: which one to pick for 8, 20 or 50."""
+    _check(out, overwrite)
+    import json
+    import sys
+
+    from sfumato import api, explain
+
+    allowed = [int(part) for part in budgets.split(",") if part.strip().isdecimal() and int(part) > 0]
+    if len(allowed) != len(budgets.split(",")):
+        raise UserError(f"--budgets {budgets!r} is not understood; write e.g. 8,20,50")
+
+    def note(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    figure, found = explain.solvers(
+        api.load(model), budgets=allowed, names=methods, schedule=schedule, seed=seed, note=note
+    )
+    if as_json:
+        print(json.dumps({where: [e.as_dict() for e in errors] for where, errors in found.items()}))
+    else:
+        print(explain.solver_table(found, allowed))
+    _save(figure, out)

@@ -38,9 +38,11 @@ def generate(
     steps: Annotated[
         int | None, typer.Option(parser=whole(1), metavar="N", help="Sampling steps. [the model's own]")
     ] = None,
-    sampler: Annotated[str | None, typer.Option(help="ddpm, ddim, euler, heun. [the model's own]")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="One of `sfumato samplers`, by any of its names. [the model's own]")
+    ] = None,
     schedule: Annotated[
-        str | None, typer.Option(help="Spacing of steps: leading, trailing, linspace, karras, exponential.")
+        str | None, typer.Option(help="Spacing of steps, one of `sfumato schedules`. [the sampler's or model's own]")
     ] = None,
     guidance: Annotated[
         float | None, typer.Option(parser=number(0), metavar="W", help="Classifier-free guidance; 1 is off.")
@@ -84,8 +86,10 @@ def generate(
         "count": count, "steps": steps, "sampler": sampler, "schedule": schedule, "guidance": guidance,
         "negative": negative, "label": label, "width": width, "height": height,
     }  # fmt: skip
-    evaluations = (steps or opened.system.config.sampling.steps) * -(-count // 16) * len(prompts)
-    with _progress(evaluations) as advance, _overflow_explained():
+    for remark in opened.remarks(sampler):
+        print(f"note: {remark}", file=sys.stderr)
+    visited = opened.steps(steps, sampler, schedule) * -(-count // 16) * len(prompts)
+    with _progress(visited) as advance, _overflow_explained():
         for i, text in enumerate(prompts):
             pictures += opened.generate(text, seed=first + i * count, on_step=advance, **options)
     with _folder(paths[0].parent):

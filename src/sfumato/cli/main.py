@@ -14,9 +14,11 @@ import typer
 
 from sfumato.cli.data import data_app
 from sfumato.cli.describe import doctor, info, models_app
+from sfumato.cli.evaluate import evaluate_app
 from sfumato.cli.explain import explain_app
 from sfumato.cli.generate import edit, generate
 from sfumato.cli.replay import replay
+from sfumato.cli.samplers import samplers, schedules
 from sfumato.cli.train import recipes_app, train
 from sfumato.errors import UserError, nearest
 
@@ -32,10 +34,13 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(edit)
 app.command()(replay)
+app.command()(samplers)
+app.command()(schedules)
 app.command()(train)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
 app.add_typer(models_app, name="models")
+app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(explain_app, name="explain")
 app.command()(info)
 app.command()(doctor)

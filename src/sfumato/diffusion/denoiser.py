@@ -65,26 +65,22 @@ class Preconditioning:
 
     Attributes:
         name: how configs call it.
-        scale: `level -> c_in`, multiplies `x_t`; float64 of the level's shape.
+        scale: `level -> c_in`, multiplies `x_t`; float64 of the level's shape. None leaves `x_t` as it is.
         time: `level -> c_noise`, what the network's time embedding gets.
     """
 
     name: str
-    scale: Callable[[NoiseLevel], Tensor]
+    scale: Callable[[NoiseLevel], Tensor] | None
     time: Callable[[NoiseLevel], Tensor]
 
 
-def _one(level: NoiseLevel) -> Tensor:
-    return torch.ones_like(level.alpha)
-
-
-TIME = Preconditioning("time", _one, lambda level: level.t)
+TIME = Preconditioning("time", None, lambda level: level.t)
 """The schedule's own `t`, input as it is: DDPM, latent diffusion, Stable Diffusion."""
 
-TIME_1000 = Preconditioning("time_1000", _one, lambda level: 1000 * level.t)
+TIME_1000 = Preconditioning("time_1000", None, lambda level: 1000 * level.t)
 """`1000 t` for schedules whose `t` runs over [0, 1] (flow matching)."""
 
-SIGNAL = Preconditioning("signal", _one, lambda level: level.alpha)
+SIGNAL = Preconditioning("signal", None, lambda level: level.alpha)
 """SR3: the network is told the amplitude `alpha = sqrt(alpha_bar)` itself (Saharia 2021)."""
 
 
@@ -164,16 +160,18 @@ class Denoiser(nn.Module):
             previous_x0: (B, C, *S) estimate of the step before, for a self-conditioned network (None: zeros).
         """
         dtype = self._dtype(x_t)
-        slots = (condition or Condition()).to(x_t.device, dtype)
-        inputs = expand(self.preconditioning.scale(level), x_t) * x_t
+        moved = None if condition is None else condition.to(x_t.device, dtype)
+        scale = self.preconditioning.scale
+        inputs = x_t if scale is None else expand(scale(level), x_t) * x_t
         if self.self_condition:
             inputs = torch.cat([torch.zeros_like(x_t) if previous_x0 is None else previous_x0, inputs], dim=1)
-        if slots.concat is not None:
-            inputs = torch.cat([inputs, slots.concat.to(inputs.dtype)], dim=1)
+        if moved is not None and moved.concat is not None:
+            inputs = torch.cat([inputs, moved.concat.to(inputs.dtype)], dim=1)
         time = self.preconditioning.time(level).to(x_t.device, torch.float32)
         if time.ndim == 0:
             time = time.expand(x_t.shape[0])
-        out = self.network(inputs.to(dtype), time, **slots.for_network()).to(x_t.dtype)
+        slots = {} if moved is None else moved.for_network()
+        out = self.network(inputs.to(dtype), time, **slots).to(x_t.dtype)
         var_frac = None
         if self.learned_variance:
             out, v = out.chunk(2, dim=1)

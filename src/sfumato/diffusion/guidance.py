@@ -22,6 +22,7 @@ from torch import Tensor
 from sfumato.condition import Condition
 from sfumato.diffusion.denoiser import Denoiser, Prediction
 from sfumato.diffusion.level import NoiseLevel, expand
+from sfumato.errors import UserError
 
 DenoiseFn = Callable[[Tensor, NoiseLevel, Tensor | None], Prediction]
 
@@ -76,6 +77,40 @@ def classifier_free(
         if channels is not None:
             out = torch.cat([out[:, :channels], with_.out[:, channels:]], dim=1)
         return denoiser.read(out, x_t, level, with_.var_frac)
+
+    return denoise
+
+
+def cfg_plus_plus(
+    denoiser: Denoiser, condition: Condition, null: Condition, scale: float, *, batched: bool = True
+) -> DenoiseFn:
+    """CFG++: the clean estimate is guided, the noise that is put back is the null's (Chung 2024, alg. 2).
+
+    `x0` belongs to `out = null + scale * (conditional - null)`, and `eps` is the null branch's own, so that a solver's
+    `alpha' x0 + sigma' eps` interpolates between the two manifolds instead of leaving them. It takes a solver that
+    reads both (DDIM, Euler, Euler ancestral); one that reads `x0` alone sees plain guidance, one that reads `eps` alone
+    none.
+
+    Args:
+        scale: the paper's lambda, in [0, 1]. 0 is the null alone; 1 has the conditional's `x0` and still the null's
+            `eps`, so it is not `unguided`: here no scale is "off". 0.6 is about as strong as 7.5 of `classifier_free`.
+        batched: evaluate null and conditional in one call of twice the batch, null first.
+
+    The learned variance, where there is one, is the conditional branch's.
+
+    Raises:
+        UserError: for a scale outside [0, 1].
+    """
+    if not 0 <= scale <= 1:
+        raise UserError(f"CFG++ takes a scale in [0, 1] (0.6 is about classifier-free guidance of 7.5), got {scale}")
+
+    def denoise(x_t: Tensor, level: NoiseLevel, previous_x0: Tensor | None) -> Prediction:
+        if batched:
+            without, with_ = _both(denoiser, condition, null, x_t, level, previous_x0)
+        else:
+            without, with_ = (denoiser(x_t, level, c, previous_x0) for c in (null, condition))
+        guided = denoiser.read(without.out + scale * (with_.out - without.out), x_t, level, with_.var_frac)
+        return replace(guided, eps=without.eps)
 
     return denoise
 

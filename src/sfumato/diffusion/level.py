@@ -11,9 +11,13 @@ exploding (`alpha = 1`) and flow (`alpha + sigma = 1`). The network's own time `
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+Number = float | Tensor
+"""A number that belongs to a level: plain, or a tensor of the level's shape."""
 
 
 def expand(value: Tensor, x: Tensor) -> Tensor:
@@ -29,6 +33,23 @@ def expand(value: Tensor, x: Tensor) -> Tensor:
     if value.ndim == 1:
         value = value.reshape(-1, *([1] * (x.ndim - 1)))
     return value.to(x.device, x.dtype)
+
+
+def mix(a: Number, x: Tensor, b: Number, y: Tensor) -> Tensor:
+    """`a x + b y`, for per-level numbers `a` and `b`, plain or as `expand` takes them: what nearly every step is made of.
+
+    In as few passes over the pictures as can be; a term whose number is 0 is left out. May return `x` or `y` itself.
+    """
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        a, b = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
+        if a.ndim or b.ndim or a.device.type != "cpu" or b.device.type != "cpu":
+            return expand(a, x) * x + expand(b, y) * y
+        a, b = float(a), float(b)
+    if a == 0:
+        return y if b == 1 else y * b
+    if a == 1:
+        return x if b == 0 else torch.add(x, y, alpha=b)
+    return x * a if b == 0 else torch.add(x * a, y, alpha=b)
 
 
 @dataclass(frozen=True)
@@ -54,6 +75,13 @@ class NoiseLevel:
         """This level, each number reshaped to broadcast against `x` and on its device in its type."""
         return NoiseLevel(expand(self.t, x), expand(self.alpha, x), expand(self.sigma, x))
 
+    @cached_property
+    def numbers(self) -> tuple[Number, Number]:
+        """`(alpha, sigma)`: as plain floats where the level is one for all pictures, which is much faster to reckon with."""
+        if self.alpha.ndim or self.sigma.ndim or self.alpha.device.type != "cpu":
+            return self.alpha, self.sigma
+        return float(self.alpha), float(self.sigma)
+
     @property
     def nsr(self) -> Tensor:
         """Noise-to-signal ratio `sigma / alpha`, in [0, inf]: what k-diffusion and EDM call sigma."""
@@ -70,14 +98,21 @@ class NoiseLevel:
         return -float(self.half_log_snr)
 
     @property
+    def is_noise(self) -> bool:
+        """Whether no signal is left somewhere in it."""
+        alpha = self.numbers[0]
+        return bool((alpha == 0).any()) if isinstance(alpha, Tensor) else alpha == 0
+
+    @property
     def is_clean(self) -> bool:
         """Whether no noise is left anywhere in it."""
-        return bool((self.sigma == 0).all())
+        sigma = self.numbers[1]
+        return bool((sigma == 0).all()) if isinstance(sigma, Tensor) else sigma == 0
 
     def noise(self, x0: Tensor, eps: Tensor) -> Tensor:
         """The forward process in one jump, `alpha * x0 + sigma * eps` (Ho 2020, eq. 4). Shapes (B, …)."""
-        here = self.like(x0)
-        return here.alpha * x0 + here.sigma * eps
+        alpha, sigma = self.numbers
+        return mix(alpha, x0, sigma, eps)
 
     def __len__(self) -> int:
         return 0 if self.alpha.ndim == 0 else self.alpha.shape[0]

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sfumato.diffusion.level import NoiseLevel, expand
+from sfumato.diffusion.level import NoiseLevel, Number, mix
 from sfumato.errors import raise_unknown
 
-Coefficients = tuple[Tensor, Tensor]
+Coefficients = tuple[Number, Number]
 
 
 @dataclass(frozen=True)
@@ -31,21 +31,25 @@ class Parameterization:
 
     Attributes:
         name: how configs call it.
-        coefficients: `level -> (a, b)`, float64 of the level's shape.
+        of: `(alpha, sigma) -> (a, b)`, plain numbers or float64 tensors alike.
     """
 
     name: str
-    coefficients: Callable[[NoiseLevel], Coefficients]
+    of: Callable[[Number, Number], Coefficients]
 
-    def determinant(self, level: NoiseLevel) -> Tensor:
+    def coefficients(self, level: NoiseLevel) -> Coefficients:
+        """`(a, b)`: plain numbers for one level, float64 of its shape for many."""
+        return self.of(*level.numbers)
+
+    def determinant(self, level: NoiseLevel) -> Number:
         """`D = alpha * b - sigma * a`: where it is 0 the output does not determine `x0` and `eps`."""
-        a, b = self.coefficients(level)
-        return level.alpha * b - level.sigma * a
+        (a, b), (alpha, sigma) = self.coefficients(level), level.numbers
+        return alpha * b - sigma * a
 
     def target(self, x0: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:
         """`a * x0 + b * eps`. Shapes (B, …)."""
-        a, b = (expand(c, x0) for c in self.coefficients(level))
-        return a * x0 + b * eps
+        a, b = self.coefficients(level)
+        return mix(a, x0, b, eps)
 
     def solve(self, out: Tensor, x_t: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         """Invert: `x0 = (b x_t - sigma out) / D`, `eps = (alpha out - a x_t) / D`. Shapes (B, …).
@@ -55,40 +59,45 @@ class Parameterization:
         Raises:
             ValueError: at pure noise (`alpha = 0`) if the output says nothing about `x0` (eps-prediction).
         """
-        (a, b), d = self.coefficients(level), self.determinant(level)
-        if bool(((d == 0) & (level.alpha == 0)).any()):
-            raise ValueError(f"'{self.name}' prediction cannot recover x0 where alpha = 0 (zero terminal SNR)")
+        (a, b), (alpha, sigma), d = self.coefficients(level), level.numbers, self.determinant(level)
+        if bool(d.all()) if isinstance(d, Tensor) else d != 0:
+            eps = mix(-a / d, x_t, alpha / d, out)
+            if isinstance(d, Tensor) or a != 0:
+                return mix(b / d, x_t, -sigma / d, out), eps
+            return mix(b, x_t, -sigma, out) / d, eps  # dividing last keeps `x_t - sigma eps` as exact as it is
+        return self._solve_where_singular(out, x_t, level)
+
+    def _solve_where_singular(self, out: Tensor, x_t: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        """`solve` where some level has `D = 0`: a clean one, or pure noise."""
+        ones = torch.ones_like(level.alpha)
+        (a, b), alpha, sigma, d = self.coefficients(level), level.alpha, level.sigma, self.determinant(level) * ones
         clean = d == 0
-        d = torch.where(clean, torch.ones_like(d), d)
-        from_out = torch.where(clean, torch.where(a == 0, torch.zeros_like(a), 1 / a), -level.sigma / d)
-        x_x0, out_x0 = expand(b / d, x_t), expand(from_out, x_t)
-        x_eps = expand(torch.where(clean, 0.0, -a / d), x_t)
-        out_eps = expand(torch.where(clean, 0.0, level.alpha / d), x_t)
-        return x_x0 * x_t + out_x0 * out, x_eps * x_t + out_eps * out
+        if bool((clean & (alpha == 0)).any()):
+            raise ValueError(f"'{self.name}' prediction cannot recover x0 where alpha = 0 (zero terminal SNR)")
+        d = torch.where(clean, 1.0, d)
+        from_out = torch.where(clean, torch.where(a * ones == 0, 0.0, 1 / (a * ones)), -sigma / d)
+        x0 = mix(b / d, x_t, from_out, out)
+        return x0, mix(torch.where(clean, 0.0, -a / d), x_t, torch.where(clean, 0.0, alpha / d), out)
 
 
-def _constant(a: float, b: float) -> Callable[[NoiseLevel], Coefficients]:
-    return lambda level: (torch.full_like(level.alpha, a), torch.full_like(level.alpha, b))
-
-
-def _edm(sigma_data: float) -> Callable[[NoiseLevel], Coefficients]:
-    def coefficients(level: NoiseLevel) -> Coefficients:
-        norm = torch.sqrt(level.sigma**2 + (level.alpha * sigma_data) ** 2)
-        return level.sigma / (sigma_data * norm), -level.alpha * sigma_data / norm
+def _edm(sigma_data: float) -> Callable[[Number, Number], Coefficients]:
+    def coefficients(alpha: Number, sigma: Number) -> Coefficients:
+        norm = (sigma**2 + (alpha * sigma_data) ** 2) ** 0.5
+        return sigma / (sigma_data * norm), -alpha * sigma_data / norm
 
     return coefficients
 
 
-EPS = Parameterization("eps", _constant(0, 1))
+EPS = Parameterization("eps", lambda alpha, sigma: (0.0, 1.0))
 """The noise (Ho 2020). Singular at alpha = 0."""
 
-X0 = Parameterization("x0", _constant(1, 0))
+X0 = Parameterization("x0", lambda alpha, sigma: (1.0, 0.0))
 """The clean signal. At sigma = 0 `eps` is taken as 0."""
 
-V = Parameterization("v", lambda level: (-level.sigma, level.alpha))
+V = Parameterization("v", lambda alpha, sigma: (-sigma, alpha))
 """`v = alpha eps - sigma x0` (Salimans 2022)."""
 
-FLOW = Parameterization("flow", _constant(-1, 1))
+FLOW = Parameterization("flow", lambda alpha, sigma: (-1.0, 1.0))
 """The velocity `eps - x0` of the straight path (Liu 2022; Esser 2024)."""
 
 

@@ -90,4 +90,6 @@ def start(noise: NoiseSource, first: NoiseLevel) -> Tensor:
 
 
 def _goes_up(now: NoiseLevel, nxt: NoiseLevel) -> bool:
-    return bool((nxt.sigma * now.alpha > now.sigma * nxt.alpha).any())
+    (alpha, sigma), (to_alpha, to_sigma) = now.numbers, nxt.numbers
+    up = to_sigma * alpha > sigma * to_alpha
+    return bool(up.any()) if isinstance(up, Tensor) else up

@@ -10,17 +10,17 @@ registries.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from sfumato.diffusion import grid as grids
 from sfumato.diffusion import schedule as schedules
 from sfumato.diffusion.denoiser import Preconditioning, preconditioning
-from sfumato.diffusion.grid import GRIDS
 from sfumato.diffusion.parameterization import Parameterization, parameterization
-from sfumato.diffusion.solvers import solver
-from sfumato.errors import UserError, nearest, raise_unknown
+from sfumato.diffusion.solvers import Solver, find
+from sfumato.errors import UserError, nearest
 
 
 class Strict(BaseModel):
@@ -76,8 +76,9 @@ class ScheduleConfig(Strict):
     """A noise schedule.
 
     Attributes:
-        name: linear, scaled_linear, cosine, sigmoid (tables), flow or ve (continuous).
+        name: linear, scaled_linear, cosine, sigmoid, betas (tables), flow or ve (continuous).
         steps: length of a table.
+        betas: the table itself, `steps` of them, where the name is "betas".
         start, end: first and last beta of linear and scaled_linear; None for the schedule's own defaults.
         zero_terminal_snr: rescale the table so that it ends in pure noise.
         interpolation: of a table at fractional times.
@@ -85,8 +86,9 @@ class ScheduleConfig(Strict):
         sigma_min, sigma_max: of the exploding schedule.
     """
 
-    name: Literal["linear", "scaled_linear", "cosine", "sigmoid", "flow", "ve"] = "linear"
+    name: Literal["linear", "scaled_linear", "cosine", "sigmoid", "betas", "flow", "ve"] = "linear"
     steps: int = Field(default=1000, ge=2, le=100_000)
+    betas: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = None
     start: float | None = Field(default=None, gt=0, lt=1)
     end: float | None = Field(default=None, gt=0, lt=1)
     zero_terminal_snr: bool = False
@@ -94,6 +96,14 @@ class ScheduleConfig(Strict):
     shift: float = Field(default=1.0, gt=0)
     sigma_min: float = Field(default=0.002, gt=0)
     sigma_max: float = Field(default=80.0, gt=0)
+
+    @model_validator(mode="after")
+    def _betas_belong_to_their_name(self) -> ScheduleConfig:
+        if (self.betas is None) != (self.name != "betas"):
+            raise UserError("schedule.betas and the schedule's name 'betas' belong together")
+        if self.betas is not None and len(self.betas) != self.steps:
+            raise UserError(f"schedule.betas has {len(self.betas)} numbers for {self.steps} steps")
+        return self
 
     def build(self) -> schedules.Schedule:
         """The schedule itself."""
@@ -114,7 +124,10 @@ class ScheduleConfig(Strict):
         given = {key: value for key, value in ends.items() if value is not None}
         if given and self.name not in ("linear", "scaled_linear"):
             raise UserError(f"schedule.start and schedule.end belong to linear schedules, not to {self.name}")
-        table = tables[self.name](self.steps, **given)
+        if self.betas is not None:
+            table = schedules.alpha_bar_from_betas(torch.tensor(self.betas, dtype=torch.float64))
+        else:
+            table = tables[self.name](self.steps, **given)
         return schedules.rescale_zero_terminal_snr(table) if self.zero_terminal_snr else table
 
 
@@ -144,31 +157,110 @@ class PredictionConfig(Strict):
         return preconditioning(name, sigma_data=self.sigma_data)
 
 
+Options = dict[str, bool | int | float | str | tuple[int, ...]]
+
+
+class GridConfig(Strict):
+    """A spacing of steps with its options: what its name alone does not say.
+
+    Attributes:
+        name: of the grid, or a respacing spec.
+        options: of its function (offset, rho, round_t …).
+        within: another grid of as many steps, between whose noisiest and cleanest level this one lies.
+        end: the level after the last step: clean; first, the schedule's cleanest; or last, the grid's own cleanest.
+        inverse: the same levels clean to noisy, for inversion.
+    """
+
+    name: str = "trailing"
+    options: Options = Field(default_factory=dict)
+    within: GridConfig | None = None
+    end: Literal["clean", "first", "last"] = "clean"
+    inverse: bool = False
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return grids.canonical(name)
+
+    def build(self, schedule: schedules.Schedule, steps: int) -> grids.Grid:
+        """The levels, `steps + 1` of them; `steps` where the cleanest is the end itself."""
+        options: dict[str, Any] = dict(self.options)
+        if self.within is not None:
+            bounds = self.within.build(schedule, steps)[:steps]
+            options |= {"low": float(bounds[-1].nsr), "high": float(bounds[0].nsr)}
+        try:
+            levels = grids.grid(self.name, schedule, steps, **options)
+        except TypeError as error:
+            raise UserError(f"the schedule {self.name!r} does not take these options ({error})") from None
+        levels = self._ended(levels, schedule)
+        return grids.reversed_(levels) if self.inverse else levels
+
+    def _ended(self, levels: grids.Grid, schedule: schedules.Schedule) -> grids.Grid:
+        if self.end == "clean":
+            return levels
+        first = schedule.level(schedule.t_range[0])
+        there = self.end == "last" or float(levels[-2].nsr) <= float(first.nsr) * (1 + 1e-9)
+        return levels[:-1] if there else [*levels[:-1], first]
+
+
 class SamplingConfig(Strict):
     """How a model is sampled unless told otherwise.
 
     Attributes:
         sampler, schedule: names of the solver and of the spacing of steps.
+        sampler_options: of that solver (order, variance …); another solver does without.
+        grid: that spacing in full, where its name alone does not say it; another spacing does without.
         steps: how many.
         guidance: classifier-free guidance; 1 is off.
+        start: what sampling begins with: marginal, noise of the first level's whole spread, `sqrt(alpha² + sigma²)`;
+            or sigma, of its noise alone.
         threshold: what keeps x0 in range: static (clip), dynamic, or none (latents).
+        limit: the range that it is kept in, [-limit, limit].
+        quantile: of dynamic thresholding.
+        rederive_eps: whether eps then agrees with the x0 that was kept in range.
     """
 
     sampler: str = "ddim"
+    sampler_options: Options = Field(default_factory=dict)
     schedule: str = "trailing"
+    grid: GridConfig | None = None
     steps: int = Field(default=50, ge=1)
     guidance: float = Field(default=1.0, ge=0)
+    start: Literal["marginal", "sigma"] = "marginal"
     threshold: Literal["static", "dynamic", "none"] = "static"
+    limit: float = Field(default=1.0, gt=0)
+    quantile: float = Field(default=0.995, gt=0, le=1)
+    rederive_eps: bool = True
 
     @field_validator("sampler")
     @classmethod
     def _known_sampler(cls, name: str) -> str:
-        solver(name)
+        find(name)
         return name
 
     @field_validator("schedule")
     @classmethod
     def _known_schedule(cls, name: str) -> str:
-        if name.casefold().strip() not in GRIDS:
-            raise_unknown("schedule", name, GRIDS)
+        grids.canonical(name)
         return name
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> SamplingConfig:
+        self.solver()
+        if self.grid is not None and self.grid.name != grids.canonical(self.schedule):
+            raise UserError(f"the grid is {self.grid.name!r}, but the schedule is {self.schedule!r}")
+        return self
+
+    def solver(self) -> Solver[Any]:
+        """The default solver with its options."""
+        method = find(self.sampler)[0]
+        try:
+            return method.build(**self.sampler_options)
+        except TypeError as error:
+            raise UserError(f"the sampler {method.name!r} does not take these options ({error})") from None
+
+    def levels(self, name: str, schedule: schedules.Schedule, steps: int) -> grids.Grid:
+        """The grid of a name, in full where it is the default one."""
+        if self.grid is not None and grids.canonical(name) == self.grid.name:
+            return self.grid.build(schedule, steps)
+        return grids.grid(name, schedule, steps)

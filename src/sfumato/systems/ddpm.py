@@ -26,6 +26,7 @@ from sfumato.diffusion.objective import Objective
 from sfumato.errors import UserError, raise_unknown
 from sfumato.networks.unet_2d import UNet2DConfig, UNet2DModel
 from sfumato.systems.config import PredictionConfig, SamplingConfig, ScheduleConfig, Strict, parse, sentence
+from sfumato.systems.scheduler_config import from_diffusers
 
 _DERIVED = ("sample_size", "in_channels", "out_channels", "num_class_embeds", "class_embed_type")
 
@@ -194,28 +195,16 @@ def config_from_diffusers(unet: Mapping[str, Any], scheduler: Mapping[str, Any])
     size = network.sample_size
     if not isinstance(size, int) or network.in_channels not in (1, 3):
         raise UserError("only square pixel-space models with 1 or 3 channels can be opened as DDPM")
-    predicts = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
-    tables = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
-    prediction, table = scheduler.get("prediction_type", "epsilon"), scheduler.get("beta_schedule", "linear")
-    if prediction not in predicts or table not in tables or scheduler.get("trained_betas") is not None:
-        raise UserError(f"a scheduler with prediction_type {prediction!r} and beta_schedule {table!r} cannot be used")
-    schedule = {
-        "name": tables[table],
-        "steps": scheduler.get("num_train_timesteps", 1000),
-        "zero_terminal_snr": scheduler.get("rescale_betas_zero_snr", False),
-    }
-    if table != "squaredcos_cap_v2":
-        schedule |= {"start": scheduler.get("beta_start", 1e-4), "end": scheduler.get("beta_end", 0.02)}
+    meaning = from_diffusers(scheduler)
     values = {
         "size": size,
         "channels": network.in_channels,
         "labels": tuple(str(i) for i in range((network.num_class_embeds or 0) - 1)),
         "network": {k: v for k, v in network.to_dict().items() if k not in _DERIVED},
-        "schedule": schedule,
-        "prediction": {
-            "parameterization": predicts[prediction],
-            "learned_variance": network.out_channels == 2 * network.in_channels,
-        },
-        "sampling": {"threshold": "static" if scheduler.get("clip_sample", True) else "none"},
+        "schedule": meaning.schedule,
+        "prediction": meaning.prediction.model_copy(
+            update={"learned_variance": network.out_channels == 2 * network.in_channels}
+        ),
+        "sampling": meaning.sampling,
     }
     return parse(DDPMConfig, values, "the UNet's and the scheduler's config")

@@ -10,6 +10,7 @@ torch.Size([2, 3, 8, 8])
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -17,8 +18,9 @@ from torch import Tensor
 from sfumato.diffusion import grid as grids
 from sfumato.diffusion.guidance import DenoiseFn, classifier_free, clip_x0, dynamic_threshold, unguided
 from sfumato.diffusion.hooks import Hook, keep
+from sfumato.diffusion.level import NoiseLevel, expand
 from sfumato.diffusion.sample import sample, start
-from sfumato.diffusion.solvers import Ancestral, Solver, solver
+from sfumato.diffusion.solvers import Solver, find
 from sfumato.errors import UserError
 from sfumato.random import NoiseSource
 from sfumato.systems.ddpm import DDPM
@@ -40,27 +42,76 @@ def draw(
     Args:
         seeds: one per picture: its noise, whoever shares the batch.
         labels: one per picture, a name, an id or None for the null class; None for no labels at all.
-        sampler, schedule, steps, guidance: None for the model's own defaults.
+        sampler, schedule, steps, guidance: None for the model's own defaults; a sampler's name may carry the schedule's
+            ("DPM++ 2M Karras"), and a respacing spec such as "ddim25" the number of steps.
         on_step: hook of the sampling loop.
 
     Raises:
         UserError: unknown names, labels that the model does not know, guidance without labels.
     """
     defaults, denoiser = model.config.sampling, model.denoiser
-    method = choose_solver(model, sampler if sampler is not None else defaults.sampler)
-    levels = grids.grid(schedule or defaults.schedule, denoiser.schedule, steps or defaults.steps)
+    chosen = sampler if sampler is not None else defaults.sampler
+    method, spacing = choose_solver(model, chosen), choose_schedule(model, chosen, schedule)
+    levels = defaults.levels(spacing, denoiser.schedule, choose_steps(model, spacing, steps))
+    if levels[-1].nsr > levels[0].nsr:
+        raise UserError("this model's own schedule leads from pictures to noise; name another with --schedule")
     device = next(denoiser.network.parameters()).device
     noise = NoiseSource(seeds, model.shape, device=device)
     denoise = guided(model, list(labels) if labels is not None else [None] * len(seeds), guidance)
-    return sample(denoise, method, start(noise, levels[0]), levels, denoiser.schedule, noise=noise, on_step=on_step)
+    x = _begin(model, noise, levels[0])
+    return sample(denoise, method, x, levels, denoiser.schedule, noise=noise, on_step=on_step)
+
+
+def _begin(model: DDPM, noise: NoiseSource, first: NoiseLevel) -> Tensor:
+    """The noise that drawing begins with."""
+    if model.config.sampling.start == "marginal":
+        return start(noise, first)
+    z = noise.draw()
+    return expand(first.sigma, z) * z
 
 
 def choose_solver(model: DDPM, sampler: str | Solver[Any]) -> Solver[Any]:
-    """The solver by name; DDPM's own uses the learned variance where the model has one."""
-    method = solver(sampler) if isinstance(sampler, str) else sampler
-    if sampler == "ddpm" and model.denoiser.learned_variance:
-        return Ancestral(variance="learned")
-    return method
+    """The solver by name, with the model's own options where it is the model's own; the variance a model has learned is
+    used by every solver that can."""
+    if not isinstance(sampler, str):
+        return sampler
+    method, defaults = find(sampler)[0], model.config.sampling
+    own = method.name == find(defaults.sampler)[0].name
+    chosen = defaults.solver() if own else method.build()
+    return _learned(chosen) or chosen if model.denoiser.learned_variance else chosen
+
+
+def _learned(solver: Solver[Any]) -> Solver[Any] | None:
+    """The same solver with the network's variance, None where it cannot use it or has one of its own choice."""
+    if not is_dataclass(solver) or getattr(solver, "variance", None) not in ("small", "own"):
+        return None
+    if "variance" not in {field.name for field in fields(solver) if field.init}:
+        return None
+    try:
+        return replace(solver, variance="learned")
+    except UserError:  # a step that injects no noise has no use for a variance
+        return None
+
+
+def ignores_learned_variance(model: DDPM, sampler: str | Solver[Any] | None) -> bool:
+    """Whether the model has learned a variance that this sampler (None: the model's own) makes no use of."""
+    chosen = choose_solver(model, sampler if sampler is not None else model.config.sampling.sampler)
+    return model.denoiser.learned_variance and getattr(chosen, "variance", None) != "learned"
+
+
+def choose_schedule(model: DDPM, sampler: str | Solver[Any], schedule: str | None) -> str:
+    """The canonical name of the grid: the one asked for, the one that the sampler's name carries, the one that the
+    sampler is made for, or the model's own. "automatic" asks for none."""
+    if schedule is not None and grids.fold(schedule) != "automatic":
+        return grids.canonical(schedule)
+    method, carried = find(sampler) if isinstance(sampler, str) else (None, None)
+    wanted = method.schedule if method is not None else None
+    return grids.canonical(carried or wanted or model.config.sampling.schedule)
+
+
+def choose_steps(model: DDPM, schedule: str, steps: int | None) -> int:
+    """How many steps: those asked for, those that a respacing spec has of itself, or the model's own."""
+    return steps if steps is not None else grids.spec_steps(schedule) or model.config.sampling.steps
 
 
 def guided(model: DDPM, labels: Sequence[str | int | None], guidance: float | None) -> DenoiseFn:
@@ -74,7 +125,9 @@ def guided(model: DDPM, labels: Sequence[str | int | None], guidance: float | No
     if scale != 1:
         null = model.condition([None] * len(labels))
         denoise = classifier_free(model.denoiser, condition, null, scale)
-    threshold = model.config.sampling.threshold
-    if threshold == "none":
+    range_ = model.config.sampling
+    if range_.threshold == "none":
         return denoise
-    return clip_x0(denoise) if threshold == "static" else dynamic_threshold(denoise)
+    if range_.threshold == "static":
+        return clip_x0(denoise, -range_.limit, range_.limit, rederive_eps=range_.rederive_eps)
+    return dynamic_threshold(denoise, range_.quantile, range_.limit, rederive_eps=range_.rederive_eps)

@@ -1,7 +1,8 @@
 """The one trainer: every recipe hands it a `Task`, it does the rest.
 
-A training step is a pure function of (weights, optimizer state, seed, step number): order, augmentation, dropout and
-noise are all derived from the seed and the step, so that a resumed run goes on as if it had never stopped.
+A training step is a pure function of (weights, optimizer state, seed, step number) and, with importance sampling, the
+history of losses: order, augmentation, dropout and noise are all derived from the seed and the step, so that a resumed
+run goes on as if it had never stopped.
 
 >>> level_bin(torch.tensor([-9.0, 0.5, 9.0], dtype=torch.float64)).tolist()
 [0, 4, 7]
@@ -27,8 +28,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sfumato.checkpoints.io import load_strictly, replacing, write_model
+from sfumato.diffusion.densities import LossHistory
 from sfumato.diffusion.objective import Loss
-from sfumato.errors import UserError
+from sfumato.errors import ModelFileError, UserError
 from sfumato.random import derived_seed
 from sfumato.training import state as checkpoints
 from sfumato.training.config import TrainConfig
@@ -40,6 +42,7 @@ LEVEL_EDGES = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
 """Borders, in half log SNR, of the eight noise levels by which losses are recorded; noisiest first."""
 
 _MAX_BAD_STEPS = 3
+_HISTORY = "history."  # what the names of importance sampling's tensors begin with, among the optimizer's
 
 
 class Task(Protocol):
@@ -48,6 +51,9 @@ class Task(Protocol):
     Attributes:
         network: the module that is trained, unwrapped.
         data, validation: the pictures.
+
+    A task whose losses are drawn by importance also has `history`, a `LossHistory`: the trainer records the losses of
+    each step of all processes in it, and keeps it in the checkpoints.
     """
 
     network: nn.Module
@@ -186,6 +192,7 @@ class Trainer:
         if self.accelerator:
             task.wrap(self._prepare)  # which gives all processes the weights of the main one
         self.ema = EMA(task.network, config.ema.decay, config.ema.warmup)
+        self.history: LossHistory | None = getattr(task, "history", None)
 
     def _prepare(self, network: nn.Module) -> nn.Module:
         """Wrap the network for data parallel training, remembering the wrapper."""
@@ -219,10 +226,24 @@ class Trainer:
             )
         load_strictly(self.task.network, self.task.weights(dict(kept.tensors)), what=str(folder))
         self.ema.load(self.task.weights(dict(kept.average)), kept.state["ema_updates"])
-        checkpoints.restore_optimizer(self.optimizer, kept.optimizer)
+        history = {n.removeprefix(_HISTORY): t for n, t in kept.optimizer.items() if n.startswith(_HISTORY)}
+        own = {n: t for n, t in kept.optimizer.items() if not n.startswith(_HISTORY)}
+        checkpoints.restore_optimizer(self.optimizer, own)
+        self._restore_history(history, folder)
         if self.config.precision == "fp16" and kept.state.get("scaler"):
             self.scaler.load_state_dict(kept.state["scaler"])
         self.step = kept.state["step"]
+
+    def _restore_history(self, tensors: dict[str, Tensor], folder: Path) -> None:
+        """Take over the losses that importance sampling remembers; the task and the checkpoint must agree on it."""
+        if self.history is None:
+            if tensors:
+                raise ModelFileError(f"{folder} was trained with importance sampling, this run is not")
+            return
+        try:
+            self.history.restore(tensors)
+        except ValueError as error:
+            raise ModelFileError(f"{folder} does not fit this run's importance sampling: {error}") from None
 
     @cached_property
     def _data_sum(self) -> str:
@@ -312,18 +333,21 @@ class Trainer:
         config, parameters, this = self.config, list(self.task.network.parameters()), Tally()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
-        indices = []
+        indices, drawn = [], []
         for micro in range(config.accumulate):
             batch = next(stream)
             indices += batch.indices.tolist()
             number, last = self.step * config.accumulate + micro, micro == config.accumulate - 1
-            this.add(self._backward(batch, number, add_up=last))
+            loss = self._backward(batch, number, add_up=last)
+            this.add(loss)
+            drawn.append((loss.parts, loss.sampled))
         self.scaler.unscale_(self.optimizer)
         norm = float(nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm or float("inf")))
         bad_loss = self._in_any_process(not math.isfinite(this.loss))
         if math.isfinite(norm) and not bad_loss:
             self.scaler.step(self.optimizer)
             self.ema.update()
+            self._remember(drawn)
             self.bad_steps = 0
         else:
             this.skipped = 1
@@ -354,6 +378,20 @@ class Trainer:
                 loss = self.task.loss(batch, generator, self.device)
             torch.autograd.backward(self.scaler.scale(loss.value / config.accumulate))
         return loss
+
+    def _remember(self, drawn: list[tuple[Tensor | None, Tensor | None]]) -> None:
+        """Record a step's (parts, losses) for importance sampling: those of all processes, in their order, in each."""
+        if self.history is None:
+            return
+        pairs = [
+            torch.stack([parts.cpu().double(), losses.cpu().double()], dim=1)
+            for parts, losses in drawn
+            if parts is not None and losses is not None
+        ]
+        found = torch.cat(pairs)
+        if self.accelerator:
+            found = self.accelerator.gather(found.to(self.device)).cpu()
+        self.history.record(found[:, 0].long(), found[:, 1])
 
     def _in_any_process(self, flag: bool) -> bool:
         """Whether a flag is set in any process, so that all of them decide alike."""
@@ -429,12 +467,18 @@ class Trainer:
             checkpoints.Checkpoint(
                 self.task.tensors(raw),
                 self.task.tensors(average),
-                checkpoints.optimizer_tensors(self.optimizer),
+                checkpoints.optimizer_tensors(self.optimizer) | self._history_tensors(),
                 state,
                 self.task.model_config(),
             ),
             self.config.keep,
         )
+
+    def _history_tensors(self) -> dict[str, Tensor]:
+        """What importance sampling remembers, under the names of a checkpoint."""
+        if self.history is None:
+            return {}
+        return {f"{_HISTORY}{name}": tensor for name, tensor in self.history.tensors().items()}
 
     def export(self) -> Path:
         """Write the averaged weights as the run's finished model, `model.safetensors`."""

@@ -1,7 +1,7 @@
 """Sampling methods: one class each. Every module of this folder is imported, and with it registered.
 
 >>> solver("DDIM")
-Euler(eta=0.0, churn=Churn(amount=0.0, low=0.0, high=inf, noise=1.0), order=1)
+Euler(eta=0.0, churn=Churn(amount=0.0, low=0.0, high=inf, noise=1.0), variance='own', order=1)
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sfumato.diffusion.denoiser import Prediction
-from sfumato.diffusion.level import NoiseLevel, expand
+from sfumato.diffusion.level import NoiseLevel, expand, mix
 from sfumato.diffusion.posterior import Transition, learned_log_variance, transition
 from sfumato.diffusion.schedule import Schedule
 from sfumato.diffusion.solvers.base import Ask
@@ -51,7 +51,7 @@ class Ancestral:
         self, ask: Ask, x: Tensor, now: NoiseLevel, nxt: NoiseLevel, state: None, noise: NoiseSource
     ) -> tuple[Tensor, NoiseLevel, None, Prediction]:
         prediction, q = ask(x, now), transition(now, nxt)
-        mean = expand(q.from_x, x) * x + expand(q.from_x0, x) * prediction.x0
+        mean = mix(q.from_x, x, q.from_x0, prediction.x0)
         if nxt.is_clean:
             return mean, nxt, None, prediction
         variance = self._variance(prediction, q, x)

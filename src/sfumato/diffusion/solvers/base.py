@@ -17,7 +17,7 @@ from typing import Protocol, TypeVar
 from torch import Tensor
 
 from sfumato.diffusion.denoiser import Prediction
-from sfumato.diffusion.level import NoiseLevel, expand
+from sfumato.diffusion.level import NoiseLevel, mix
 from sfumato.diffusion.schedule import Schedule
 from sfumato.random import NoiseSource
 
@@ -53,11 +53,12 @@ class Solver(Protocol[State]):
 
 def first_order(prediction: Prediction, nxt: NoiseLevel) -> Tensor:
     """`alpha' x0 + sigma' eps`: DDIM with eta 0, which is Euler's step on any path (Song 2021, eq. 12)."""
-    x0, eps = prediction.x0, prediction.eps
-    return expand(nxt.alpha, x0) * x0 + expand(nxt.sigma, eps) * eps
+    alpha, sigma = nxt.numbers
+    return mix(alpha, prediction.x0, sigma, prediction.eps)
 
 
 def along(x: Tensor, eps: Tensor, now: NoiseLevel, nxt: NoiseLevel) -> Tensor:
     """Move along a given slope `eps = d(x/alpha)/d(nsr)`: `(a'/a) x + (s' - (a'/a) s) eps`; needs alpha > 0."""
-    ratio = nxt.alpha / now.alpha
-    return expand(ratio, x) * x + expand(nxt.sigma - ratio * now.sigma, x) * eps
+    (alpha, sigma), (to_alpha, to_sigma) = now.numbers, nxt.numbers
+    ratio = to_alpha / alpha
+    return mix(ratio, x, to_sigma - ratio * sigma, eps)

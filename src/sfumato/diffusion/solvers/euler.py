@@ -1,6 +1,6 @@
 """Euler's method on the probability-flow ODE, which is DDIM; with eta its stochastic form, with churn EDM's.
 
->>> Euler(eta=1.0).order
+>>> Euler(eta=1.0, variance="learned").order
 1
 """
 
@@ -10,12 +10,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from sfumato.diffusion.denoiser import Prediction
 from sfumato.diffusion.level import NoiseLevel, expand
-from sfumato.diffusion.posterior import renoise, transition
+from sfumato.diffusion.posterior import Injection, ancestral, check_injection, renoise, spread
 from sfumato.diffusion.schedule import Schedule
 from sfumato.diffusion.solvers.base import Ask, first_order
 from sfumato.diffusion.solvers.registry import method
@@ -40,7 +39,7 @@ class Churn:
 
     def apply(self, x: Tensor, now: NoiseLevel, path: Path, noise: NoiseSource) -> tuple[Tensor, NoiseLevel]:
         """The churned state and its level; both unchanged where there is nothing to do."""
-        if self.amount == 0 or bool((now.alpha == 0).any()) or not self.low <= float(now.nsr) <= self.high:
+        if self.amount == 0 or now.is_noise or not self.low <= float(now.nsr) <= self.high:
             return x, now
         higher = path.schedule.from_nsr(now.nsr * (1 + min(self.amount / path.steps, math.sqrt(2) - 1)))
         return renoise(x, now, higher, self.noise * noise.draw()), higher
@@ -63,15 +62,18 @@ class Euler:
     Attributes:
         eta: 0 is DDIM (Song 2021) and Euler's method, 1 has DDPM's small variance (eq. 16).
         churn: EDM's stochasticity, off by default.
+        variance: of the noise that eta injects: its "own" (eq. 16), or "learned", the network's (`posterior.spread`).
     """
 
     eta: float = 0.0
     churn: Churn = Churn()
+    variance: Injection = "own"
     order: int = field(default=1, init=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:
             raise UserError(f"eta must lie in [0, 1], got {self.eta}")
+        check_injection(self.variance, self.eta)
 
     def init(self, schedule: Schedule, grid: Sequence[NoiseLevel]) -> Path:
         return Path(schedule, len(grid) - 1)
@@ -83,7 +85,6 @@ class Euler:
         prediction = ask(x, now).shifted(now)
         if self.eta == 0 or nxt.is_clean:
             return first_order(prediction, nxt), nxt, state, prediction
-        variance = self.eta**2 * transition(now, nxt).variance
-        kept = expand(torch.sqrt(nxt.sigma**2 - variance), x) * prediction.eps
-        mean = expand(nxt.alpha, x) * prediction.x0 + kept
-        return mean + expand(torch.sqrt(variance), x) * noise.draw(), nxt, state, prediction
+        down, own = ancestral(now, nxt, self.eta)
+        std = expand(spread(self.variance, own, prediction.var_frac, now, nxt), x)
+        return first_order(prediction, down) + std * noise.draw(), nxt, state, prediction

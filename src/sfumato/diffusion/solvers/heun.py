@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from sfumato.diffusion.denoiser import Prediction
@@ -20,7 +21,7 @@ from sfumato.diffusion.solvers.registry import method
 from sfumato.random import NoiseSource
 
 
-@method("heun", "Heun", "HeunDiscreteScheduler", "k_heun", "FlowMatchHeunDiscreteScheduler", evaluations=2)
+@method("heun", "Heun", "HeunDiscreteScheduler", "k_heun", evaluations=2)
 @dataclass(frozen=True)
 class Heun:
     """Euler to the next level, then the trapezoid of both slopes (Karras 2022, alg. 1-2). Reads `eps`.
@@ -43,7 +44,7 @@ class Heun:
         x, now = self.churn.apply(x, now, state, noise)
         prediction = ask(x, now).shifted(now)
         guess = first_order(prediction, nxt)
-        if nxt.is_clean or bool((now.alpha == 0).any()):
+        if nxt.is_clean or now.is_noise:
             return guess, nxt, state, prediction
         second = ask(guess, nxt).shifted(nxt)
-        return along(x, (prediction.eps + second.eps) / 2, now, nxt), nxt, state, second
+        return along(x, torch.lerp(prediction.eps, second.eps, 0.5), now, nxt), nxt, state, second

@@ -84,6 +84,7 @@ class DDPMTask:
         torch.manual_seed(recipe.train.seed)
         self.model = DDPM.create(recipe.model_for(data.labels))
         self.objective.check(self.model.denoiser)
+        self.history = self.objective.history(self.model.denoiser.schedule)
         self.network: nn.Module = self.model.denoiser.network
         init_zero_outputs(self.model.denoiser.network)
         if recipe.train.gradient_checkpointing:
@@ -99,7 +100,8 @@ class DDPMTask:
             dropped = torch.rand(len(x0), generator=generator) < self.recipe.label_dropout
             labels = [None if d else int(i) for i, d in zip(batch.labels, dropped, strict=True)]
         condition = self.model.condition(labels).to(device, torch.float32)
-        return self.objective(self.model.denoiser, x0, condition, generator=generator)
+        history = self.history if self.network.training else None  # validation's levels never move
+        return self.objective(self.model.denoiser, x0, condition, generator=generator, history=history)
 
     def draw(self, count: int, steps: int) -> Image.Image:
         names = self.model.config.labels
