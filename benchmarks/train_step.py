@@ -3,9 +3,9 @@
     python benchmarks/train_step.py --peer FOLDER [--pairs 10] [--out train_step.json]
 
 FOLDER holds the peer (see peer_lucidrains.py). The network is Unet(dim=64, dim_mults=(1, 2, 4, 8)), 35.71 M parameters,
-at 64 pixels, batch 8, Adam, gradients clipped at 1. Three contestants take turns in one process: the peer at its default
-(float32), the peer with bfloat16 autocast and channels-last, and ours at what `train.precision` would be on this
-machine: bfloat16 where the processor multiplies it natively, else float32, channels-last in both cases. Prints the
+at 64 pixels, batch 8, Adam, gradients clipped at 1. Three contestants take turns in one process: the peer at its
+default (float32), the peer with bfloat16 autocast and channels-last, and ours at what `train.precision` would be here:
+bfloat16 where the processor multiplies it natively, else float32, channels-last in both cases. Prints the
 median time of each and the ratio of every pair.
 """
 

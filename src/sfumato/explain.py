@@ -287,9 +287,9 @@ def solver_table(found: Mapping[str, Sequence[comparison.Error]], budgets: Seque
         cells = [f"{values[method][b]:.4f}" if b in values[method] else "" for b in budgets]
         lines.append(f"| {method}{' *' if method in stochastic else ''} | " + " | ".join(cells) + " |")
     for budget in budgets:
-        best = sorted((m for m in ordered if m not in stochastic and budget in values[m]), key=lambda m: values[m][budget])
-        if best:
-            lines.append(f"{budget} evaluations: {', '.join(best[:3])}")
+        reached = {m: values[m][budget] for m in ordered if m not in stochastic and budget in values[m]}
+        if reached:
+            lines.append(f"{budget} evaluations: {', '.join(sorted(reached, key=reached.__getitem__)[:3])}")
     return "\n".join(lines)
 
 
@@ -307,8 +307,9 @@ def _solver_figure(found: dict[str, list[comparison.Error]], name: str, spacing:
             points = [(e.evaluations, getattr(e, what)) for e in found[where] if e.method == method]
             points = sorted(p for p in points if p[1] is not None)
             if points:
-                style: dict[str, Any] = {"marker": marks[index % len(marks)], "color": f"C{index % 10}", "markersize": 3.5}
-                axes.plot([p[0] for p in points], [p[1] for p in points], linewidth=0.9, label=method, **style)
+                style: dict[str, Any] = {"marker": marks[index % len(marks)], "color": f"C{index % 10}"}
+                style |= {"markersize": 3.5, "linewidth": 0.9, "label": method}
+                axes.plot([p[0] for p in points], [p[1] for p in points], **style)
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("network evaluations")

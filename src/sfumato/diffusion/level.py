@@ -36,7 +36,7 @@ def expand(value: Tensor, x: Tensor) -> Tensor:
 
 
 def mix(a: Number, x: Tensor, b: Number, y: Tensor) -> Tensor:
-    """`a x + b y`, for per-level numbers `a` and `b`, plain or as `expand` takes them: what nearly every step is made of.
+    """`a x + b y`, for per-level numbers `a` and `b`, plain or as `expand` takes them: what most steps are made of.
 
     In as few passes over the pictures as can be; a term whose number is 0 is left out. May return `x` or `y` itself.
     """
@@ -77,7 +77,7 @@ class NoiseLevel:
 
     @cached_property
     def numbers(self) -> tuple[Number, Number]:
-        """`(alpha, sigma)`: as plain floats where the level is one for all pictures, which is much faster to reckon with."""
+        """`(alpha, sigma)`: as plain floats where the level is one for all pictures: much faster to reckon with."""
         if self.alpha.ndim or self.sigma.ndim or self.alpha.device.type != "cpu":
             return self.alpha, self.sigma
         return float(self.alpha), float(self.sigma)

@@ -100,4 +100,4 @@ RESUMABLE_CHANGES = (
     "model.licence",
     "model.source",
 )
-"""Settings, or groups of them, that may differ between a run and its resumption; any other difference is another run."""
+"""Settings, or groups of them, that may differ between a run and its resumption; all others make another run."""

@@ -30,7 +30,7 @@ class DPM2:
 
     `x_s = alpha_s x0 + sigma_s eps` at `nsr_s = sqrt(nsr nsr')`, then `along(x, eps_s)`: DPM-Solver-2 with r = 1/2 (Lu
     2022, alg. 1), k-diffusion's `sample_dpm_2`. Two evaluations a step, one in a step that leaves pure noise or arrives
-    clean (`x0` and `eps` there, and for the half step).
+    clean (`x0` and `eps` there, and for the half step). Ignores a learned variance.
 
     Attributes:
         churn: EDM's stochasticity, off by default.
