@@ -103,7 +103,8 @@ def _multistep(fields: Fields) -> Found:
     form = _form(fields["solver_type"])
     if algorithm in _ODE:
         options = {"order": order, "form": form, "lower_order_final": fields["lower_order_final"]}
-        return _ODE[algorithm][order == 3], options | {"euler_at_final": fields["euler_at_final"]}
+        options |= {"euler_at_final": fields["euler_at_final"]}
+        return _ODE[algorithm][order == 3], options | ({"published": True} if order == 3 else {})
     if algorithm not in _SDE:
         raise UserError(f"algorithm_type {algorithm!r} has no counterpart")
     if fields["euler_at_final"]:

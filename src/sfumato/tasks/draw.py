@@ -21,6 +21,7 @@ from sfumato.diffusion.hooks import Hook, keep
 from sfumato.diffusion.level import NoiseLevel, expand
 from sfumato.diffusion.sample import sample, start
 from sfumato.diffusion.solvers import Solver, find
+from sfumato.diffusion.solvers.dpm_adaptive import DPMAdaptive, ends
 from sfumato.errors import UserError
 from sfumato.random import NoiseSource
 from sfumato.systems.ddpm import DDPM
@@ -55,6 +56,8 @@ def draw(
     levels = defaults.levels(spacing, denoiser.schedule, choose_steps(model, spacing, steps))
     if levels[-1].nsr > levels[0].nsr:
         raise UserError("this model's own schedule leads from pictures to noise; name another with --schedule")
+    if isinstance(method, DPMAdaptive):
+        levels = ends(levels)  # it chooses its own steps between them
     device = next(denoiser.network.parameters()).device
     noise = NoiseSource(seeds, model.shape, device=device)
     denoise = guided(model, list(labels) if labels is not None else [None] * len(seeds), guidance)

@@ -44,7 +44,7 @@ class Checkpoint:
     Attributes:
         tensors: weights as stored in a model file.
         average: the averaged weights, likewise.
-        optimizer: the optimizer's tensors, "<parameter index>.<name>".
+        optimizer: the optimizer's tensors, "<parameter index>.<name>"; and importance sampling's losses, "history.…".
         state: numbers: step, EMA updates, number of pictures, gradient scale.
         config: the model's config, which travels inside both model files.
     """

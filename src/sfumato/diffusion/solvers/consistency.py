@@ -25,7 +25,7 @@ from sfumato.errors import UserError
 from sfumato.random import NoiseSource
 
 
-@method("lcm", "LCM", "LCMScheduler", stochastic=True)
+@method("lcm", "LCM", "LCMScheduler", stochastic=True, schedule="lcm")
 @dataclass(frozen=True)
 class LCM:
     """`x' = alpha' f + sigma' z`, `f = c_skip x + c_out x0`: latent consistency models (Luo 2023, alg. 3). Reads `x0`.
@@ -65,7 +65,7 @@ class LCM:
         return end, nxt, state, replace(prediction, x0=f)
 
 
-@method("tcd", "TCD", "TCDScheduler", stochastic=True)
+@method("tcd", "TCD", "TCDScheduler", stochastic=True, schedule="lcm")
 @dataclass(frozen=True)
 class TCD:
     """To the level at `s = (1 - gamma) t'`, then noise back up to `t'` (Zheng 2024, alg. 4). Reads `x0` and `eps`.
