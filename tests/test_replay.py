@@ -34,6 +34,27 @@ def test_the_same_bytes_for_every_sampler_and_format(sampler: str, suffix: str, 
     assert before == after
 
 
+@pytest.mark.parametrize("sampler", ["DPM++ 2M Karras", "DPM++ 2M SDE", "Euler a", "uni_pc", "dpm_adaptive", "LCM"])
+def test_the_same_bytes_for_other_programs_names(sampler: str, tmp_path: Path) -> None:
+    model = sfumato.load(tiny.write_tiny_model(tmp_path / "m.safetensors"))
+    picture = model.generate(seed=3, steps=4, sampler=sampler, label="dog", guidance=2.0)[0]
+    before, after = again(picture, tmp_path)
+    assert before == after
+
+
+def test_another_program_s_reader_reads_ours(tmp_path: Path) -> None:
+    """sd-parsers, which reads what A1111, ComfyUI and others write."""
+    parsers = pytest.importorskip("sd_parsers")
+    model = sfumato.load(tiny.write_tiny_model(tmp_path / "m.safetensors"))
+    save_picture(model.generate(seed=3, steps=4, sampler="heun", label="dog", guidance=2.0)[0], tmp_path / "a.png")
+    found = parsers.ParserManager().parse(tmp_path / "a.png")
+    (sampler,) = found.samplers
+    assert (sampler.name, sampler.model.name, sampler.model.hash) == ("heun", "m", model.sha256[:10])
+    expected = {"seed": "3", "steps": "4", "cfg_scale": "2.0", "scheduler": model.system.config.sampling.schedule}
+    assert expected.items() <= sampler.parameters.items()
+    assert found.metadata["Size"] == "8x8"
+
+
 @pytest.mark.parametrize("index", [0, 5])
 def test_a_picture_of_a_batch(index: int, tmp_path: Path) -> None:
     model = sfumato.load(tiny.write_tiny_model(tmp_path / "m.safetensors"))
