@@ -28,7 +28,7 @@ from sfumato.diffusion.schedule import Schedule
 from sfumato.errors import raise_unknown
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Prediction:
     """What a denoiser says of one level. Shapes (B, C, …) like `x_t`.
 
