@@ -118,5 +118,12 @@ class NoiseLevel:
         return 0 if self.alpha.ndim == 0 else self.alpha.shape[0]
 
 
+def goes_up(now: NoiseLevel, nxt: NoiseLevel) -> bool:
+    """Whether `nxt` is noisier than `now` anywhere."""
+    (alpha, sigma), (to_alpha, to_sigma) = now.numbers, nxt.numbers
+    up = to_sigma * alpha > sigma * to_alpha
+    return bool(up.any()) if isinstance(up, Tensor) else up
+
+
 CLEAN = NoiseLevel.of(t=0.0, alpha=1.0, sigma=0.0)
 """The end of the path, `x_t = x0`. No network is ever asked there; its `t` carries no meaning."""

@@ -26,7 +26,7 @@ from torch import Tensor
 from sfumato.diffusion.denoiser import Prediction
 from sfumato.diffusion.guidance import DenoiseFn
 from sfumato.diffusion.hooks import Hook, keep
-from sfumato.diffusion.level import NoiseLevel, expand
+from sfumato.diffusion.level import NoiseLevel, expand, goes_up
 from sfumato.diffusion.posterior import renoise
 from sfumato.diffusion.schedule import Schedule
 from sfumato.diffusion.solvers.base import Solver
@@ -61,7 +61,7 @@ def sample(
     x = on_step(x, grid[0], None, noise)
     state, previous_x0 = solver.init(schedule, grid), None
     for i, (now, nxt) in enumerate(pairwise(grid)):
-        if not climb and _goes_up(now, nxt):
+        if not climb and goes_up(now, nxt):
             x = renoise(x, now, nxt, noise.draw())
             state, previous_x0 = solver.init(schedule, grid[i + 1 :]), None
             x = on_step(x, nxt, None, noise)
@@ -87,9 +87,3 @@ def start(noise: NoiseSource, first: NoiseLevel) -> Tensor:
     """
     z = noise.draw()
     return expand(torch.sqrt(first.alpha**2 + first.sigma**2), z) * z
-
-
-def _goes_up(now: NoiseLevel, nxt: NoiseLevel) -> bool:
-    (alpha, sigma), (to_alpha, to_sigma) = now.numbers, nxt.numbers
-    up = to_sigma * alpha > sigma * to_alpha
-    return bool(up.any()) if isinstance(up, Tensor) else up

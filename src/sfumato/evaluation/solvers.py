@@ -27,7 +27,7 @@ from sfumato.diffusion.guidance import DenoiseFn
 from sfumato.diffusion.level import CLEAN, NoiseLevel
 from sfumato.diffusion.sample import sample, start
 from sfumato.diffusion.schedule import Schedule
-from sfumato.diffusion.solvers import SOLVERS, Heun, Method
+from sfumato.diffusion.solvers import SOLVERS, Heun, Method, find
 from sfumato.errors import UserError
 from sfumato.random import NoiseSource
 
@@ -93,8 +93,6 @@ def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = 64) -> float:
 
 def methods(names: Iterable[str] | None = None) -> list[Method]:
     """The methods of these names, all by default."""
-    from sfumato.diffusion.solvers import find
-
     return list(SOLVERS.values()) if names is None else [find(name)[0] for name in names]
 
 

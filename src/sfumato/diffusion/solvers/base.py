@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from sfumato.diffusion.denoiser import Prediction
@@ -62,3 +63,15 @@ def along(x: Tensor, eps: Tensor, now: NoiseLevel, nxt: NoiseLevel) -> Tensor:
     (alpha, sigma), (to_alpha, to_sigma) = now.numbers, nxt.numbers
     ratio = to_alpha / alpha
     return mix(ratio, x, to_sigma - ratio * sigma, eps)
+
+
+def toward(x: Tensor, x0: Tensor, now: NoiseLevel, nxt: NoiseLevel) -> Tensor:
+    """Move towards a given `x0`: `(s'/s) x + (a' - a s'/s) x0`, DPM-Solver++'s first order; needs sigma > 0.
+
+    Of levels that differ within a batch some may be clean: there the picture stays.
+    """
+    (alpha, sigma), (to_alpha, to_sigma) = now.numbers, nxt.numbers
+    ratio = to_sigma / sigma
+    if isinstance(ratio, Tensor):
+        ratio = torch.where(torch.as_tensor(sigma) == 0, torch.as_tensor(to_alpha / alpha), ratio)
+    return mix(ratio, x, to_alpha - ratio * alpha, x0)

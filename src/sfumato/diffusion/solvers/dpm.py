@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from sfumato.diffusion.denoiser import Prediction
-from sfumato.diffusion.level import NoiseLevel, Number, mix
+from sfumato.diffusion.level import NoiseLevel, Number
 from sfumato.diffusion.schedule import Schedule
-from sfumato.diffusion.solvers.base import Ask, along, first_order
+from sfumato.diffusion.solvers.base import Ask, along, first_order, toward
 from sfumato.diffusion.solvers.multistep import Past, Run, check_order, corrected, lagrange, quotient
 from sfumato.diffusion.solvers.registry import method
 from sfumato.errors import raise_unknown
@@ -76,13 +76,8 @@ class Span:
 
     def constant(self, x: Tensor, m: Tensor) -> Tensor:
         """The same from `m` (B, *S) itself: `(s'/s) x + (a' - a s'/s) x0` or `(a'/a) x + (s' - s a'/a) eps`."""
-        if not self._data:
-            return along(x, m, self.start, self.end)
-        (alpha, sigma), (to_alpha, to_sigma) = self.start.numbers, self.end.numbers
-        ratio = to_sigma / sigma
-        if isinstance(ratio, Tensor):  # where there is no noise: the picture stays, as far as it is shown
-            ratio = torch.where(torch.as_tensor(sigma) == 0, torch.as_tensor(to_alpha / alpha), ratio)
-        return mix(ratio, x, to_alpha - ratio * alpha, m)
+        move = toward if self._data else along
+        return move(x, m, self.start, self.end)
 
     @cached_property
     def h(self) -> Number:

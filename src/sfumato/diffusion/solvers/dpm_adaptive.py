@@ -30,7 +30,7 @@ from sfumato.random import NoiseSource
 
 def ends(grid: Sequence[NoiseLevel]) -> list[NoiseLevel]:
     """What an adaptive method needs of a grid: its two ends of finite log nsr, and pure noise and clean beyond them."""
-    first = 1 if bool((grid[0].alpha == 0).any()) else 0
+    first = 1 if grid[0].is_noise else 0
     last = len(grid) - 2 if grid[-1].is_clean else len(grid) - 1
     kept = sorted({0, min(first, len(grid) - 1), max(last, 0), len(grid) - 1})
     return [grid[i] for i in kept]

@@ -14,18 +14,12 @@ import torch
 from torch import Tensor
 
 from sfumato.diffusion.denoiser import Prediction
-from sfumato.diffusion.level import NoiseLevel, expand, mix
+from sfumato.diffusion.level import NoiseLevel, expand
 from sfumato.diffusion.posterior import Injection, ancestral, check_injection, spread
 from sfumato.diffusion.schedule import Schedule
-from sfumato.diffusion.solvers.base import Ask
+from sfumato.diffusion.solvers.base import Ask, toward
 from sfumato.diffusion.solvers.registry import method
 from sfumato.random import NoiseSource
-
-
-def toward(x: Tensor, x0: Tensor, now: NoiseLevel, nxt: NoiseLevel) -> Tensor:
-    """Move towards a given `x0`: `(s'/s) x + (a' - a s'/s) x0`, DPM-Solver++'s first order; needs sigma > 0."""
-    ratio = nxt.sigma / now.sigma
-    return mix(ratio, x, nxt.alpha - ratio * now.alpha, x0)
 
 
 @method(

@@ -21,8 +21,7 @@ from sfumato.diffusion.denoiser import Prediction
 from sfumato.diffusion.level import NoiseLevel, expand, mix
 from sfumato.diffusion.posterior import ancestral
 from sfumato.diffusion.schedule import Schedule
-from sfumato.diffusion.solvers.base import Ask, first_order
-from sfumato.diffusion.solvers.dpmpp_ancestral import toward
+from sfumato.diffusion.solvers.base import Ask, first_order, toward
 from sfumato.diffusion.solvers.registry import method
 from sfumato.errors import UserError, raise_unknown
 from sfumato.random import NoiseSource

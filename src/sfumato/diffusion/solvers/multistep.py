@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sfumato.diffusion.denoiser import Prediction
-from sfumato.diffusion.level import NoiseLevel, Number, mix
+from sfumato.diffusion.level import NoiseLevel, Number, goes_up, mix
 from sfumato.diffusion.schedule import Schedule
 from sfumato.diffusion.solvers.base import Ask, along, first_order
 from sfumato.diffusion.solvers.registry import method
@@ -55,7 +55,7 @@ class Run:
     @classmethod
     def along(cls, schedule: Schedule, grid: Sequence[NoiseLevel]) -> Run:
         """The run that begins at the grid's first level and ends where it turns, or with it."""
-        ups = [_goes_up(now, nxt) for now, nxt in pairwise(grid)]
+        ups = [goes_up(now, nxt) for now, nxt in pairwise(grid)]
         return cls(schedule, next((i for i, up in enumerate(ups) if up != ups[0]), len(ups)))
 
     @property
@@ -67,12 +67,6 @@ class Run:
         """The run one step on, remembering `keep` evaluations; one at pure noise lies infinitely far back and goes."""
         new = () if now.is_noise else ((clock, value),)
         return Run(self.schedule, self.steps, self.done + 1, (*new, *self.past)[:keep])
-
-
-def _goes_up(now: NoiseLevel, nxt: NoiseLevel) -> bool:
-    (alpha, sigma), (to_alpha, to_sigma) = now.numbers, nxt.numbers
-    up = to_sigma * alpha > sigma * to_alpha
-    return bool(up.any()) if isinstance(up, Tensor) else up
 
 
 def quotient(a: Number, b: Number) -> Number:

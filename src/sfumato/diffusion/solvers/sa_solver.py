@@ -16,8 +16,7 @@ from torch import Tensor
 from sfumato.diffusion.denoiser import Prediction
 from sfumato.diffusion.level import NoiseLevel, expand
 from sfumato.diffusion.schedule import Schedule
-from sfumato.diffusion.solvers.base import Ask
-from sfumato.diffusion.solvers.dpmpp_ancestral import toward
+from sfumato.diffusion.solvers.base import Ask, toward
 from sfumato.diffusion.solvers.registry import method
 from sfumato.errors import UserError
 from sfumato.random import NoiseSource
