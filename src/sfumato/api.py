@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,13 +25,24 @@ from sfumato.diffusion.solvers import Solver, find
 from sfumato.errors import ModelFileError, UserError, nearest, raise_unknown
 from sfumato.images import to_pil, with_settings
 from sfumato.networks.attention import attention_kernel
-from sfumato.systems import Opened, open_system
-from sfumato.tasks.draw import choose_schedule, choose_solver, choose_steps, draw, ignores_learned_variance
+from sfumato.systems import Drawing, Opened, open_system
+from sfumato.systems.asked import Asked
+from sfumato.systems.ddpm import DDPM
+from sfumato.systems.latent import Latent
+from sfumato.tasks.draw import (
+    Guidance,
+    choose_schedule,
+    choose_solver,
+    choose_steps,
+    draw,
+    ignores_learned_variance,
+)
 from sfumato.training import state
 from sfumato.training.trainer import default_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+_SOMETIMES = ("guidance_rescale", "guidance_interval")  # settings that are stored where they are not off
 _BATCH = 16  # pictures drawn together; each picture's noise is its own, so this changes nothing but memory
 
 
@@ -47,13 +57,16 @@ class Model:
     """
 
     def __init__(self, opened: Opened, name: str, *, device: str = "auto", dtype: str = "auto") -> None:
-        self.system, self.name, self.sha256 = opened.system, name, opened.sha256
+        if not isinstance(opened.system, DDPM | Latent):
+            raise UserError(f"{name} holds a {opened.system.kind} model, which draws nothing by itself")
+        self.system: Drawing = opened.system
+        self.name, self.sha256 = name, opened.sha256
         self.device = choose_device(device)
         self.dtype = "float32" if dtype == "auto" else dtype
         if self.dtype not in DTYPES:
             raise_unknown("dtype", dtype, ["auto", *DTYPES])
-        network = self.system.denoiser.network.to(self.device, DTYPES[self.dtype])
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for network in self.system.networks().values():
+            network.to(self.device, DTYPES[self.dtype]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
     def denoiser(self) -> Denoiser:
@@ -75,6 +88,8 @@ class Model:
         sampler: str | Solver[Any] | None = None,
         schedule: str | None = None,
         guidance: float | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
         negative: str | None = None,
         label: str | Sequence[str] | None = None,
         width: int | None = None,
@@ -84,13 +99,16 @@ class Model:
         """Draw `count` pictures (of each prompt).
 
         Args:
-            prompt, negative: for models that read text; others refuse them.
+            prompt: what to draw, for models that read text; or several, whose pictures follow one another.
+            negative: what not to draw; guidance leads away from it.
             seed: of the first picture; picture i has `seed + i`. None draws one (it is in the settings).
             steps, sampler, schedule, guidance: None for the model's own defaults; `sampler` may be a `Solver`. Any
                 program's names will do (`sfumato samplers`, `sfumato schedules`); a sampler's may carry the schedule's.
+            guidance_rescale: phi in [0, 1], pulls the spread of guided outputs back (Lin 2023).
+            guidance_interval: noise-to-signal ratios (low, high) within which guidance acts; None for all.
             label: a class of a class-conditional model, or several, which the pictures take in turn; "all" is every
                 class in turn; None leaves the class open.
-            width, height: in pixels; a pixel-space model draws its own size only.
+            width, height: in pixels; None for the model's own. A pixel-space model draws its own size only.
             on_step: hook of the sampling loop, `(x, level, prediction, noise) -> x`, called for each batch.
 
         Returns:
@@ -99,18 +117,21 @@ class Model:
         Raises:
             UserError: for anything the model cannot do, in one sentence.
         """
-        self._refuse_what_does_not_apply(prompt, negative, width, height)
         if count < 1:
             raise UserError(f"count must be at least 1, got {count}")
+        prompts: list[str | None] = [prompt] if prompt is None or isinstance(prompt, str) else list(prompt)
+        asked = self._asked([text for text in prompts for _ in range(count)], negative, label)
+        self._refuse_what_does_not_apply(asked[0], width, height)
         first = secrets.randbelow(2**32) if seed is None else seed
-        if not 0 <= first < 2**63 - count:
+        if not 0 <= first < 2**63 - len(asked):
             raise UserError(f"seed must be at least 0 and below 2^63, got {first}")
-        labels = self._labels(label, count)
-        settings = self._settings(steps, sampler, schedule, guidance, labels[0] is not None)
+        how = Guidance(guidance, guidance_rescale, guidance_interval)
+        settings = self._settings(steps, sampler, schedule, how, asked[0], width, height)
+        self.system.conditions(list(dict.fromkeys(asked)))  # refuses words that cannot be read before anything is drawn
         pictures: list[Image.Image] = []
-        for start in range(0, count, _BATCH):
-            seeds = range(first + start, first + min(start + _BATCH, count))
-            pictures += self._draw_batch(seeds, labels[start : start + _BATCH], settings, sampler, on_step)
+        for start in range(0, len(asked), _BATCH):
+            part = asked[start : start + _BATCH]
+            pictures += self._draw_batch(first + start, part, settings, sampler, on_step)
         return pictures
 
     def steps(self, steps: int | None, sampler: str | Solver[Any] | None, schedule: str | None) -> int:
@@ -135,92 +156,106 @@ class Model:
         known = ("steps", "sampler", "schedule", "guidance", "width", "height", "dtype")
         try:
             batch = settings["batch"]
-            first, index, labels = int(batch["seed"]), int(batch["index"]), list(batch["labels"])
+            first, index = int(batch["seed"]), int(batch["index"])
+            asked = [Asked.restored(values) for values in batch["asked"]]
             chosen = {"model": self.name, "model_hash": self.sha256} | {key: settings[key] for key in known}
+            chosen |= {key: settings[key] for key in _SOMETIMES if key in settings}
         except (KeyError, TypeError, ValueError):
             raise UserError("the settings are incomplete, so the picture cannot be drawn again") from None
-        self._refuse_what_does_not_apply(None, None, chosen["width"], chosen["height"])
-        if not 0 <= index < len(labels) <= _BATCH or not 0 <= first < 2**63 - _BATCH:
+        if not 0 <= index < len(asked) <= _BATCH or not 0 <= first < 2**63 - _BATCH:
             raise UserError("the settings name a batch that cannot be")
+        self._refuse_what_does_not_apply(asked[0], chosen["width"], chosen["height"])
         choose_solver(self.system, chosen["sampler"])
-        seeds = range(first, first + len(labels))
-        return self._draw_batch(seeds, labels, chosen, None, keep)[index]
+        return self._draw_batch(first, asked, chosen, None, keep)[index]
 
     def _draw_batch(
-        self, seeds: range, labels: list[str | None], settings: dict[str, Any], sampler: Any, on_step: Hook
+        self, first: int, asked: Sequence[Asked], settings: dict[str, Any], sampler: Any, on_step: Hook
     ) -> list[Image.Image]:
         """Pictures that are drawn together, each with its settings."""
-        x = self._draw(seeds, labels, settings, sampler, on_step)
-        together = {"seed": seeds.start, "labels": labels}
-        shared = settings | {"made_with": environment(self.device)}
-        return [
-            with_settings(picture, shared | {"seed": seed, "label": label, "batch": together | {"index": index}})
-            for index, (seed, label, picture) in enumerate(zip(seeds, labels, to_pil(x.cpu()), strict=True))
-        ]
-
-    def _labels(self, label: str | Sequence[str] | None, count: int) -> list[str | None]:
-        """One label per picture, or None for each; unknown ones are refused."""
-        if label is None or label == []:
-            return [None] * count
-        names = [label] if isinstance(label, str) else list(label)
-        if [name.casefold() for name in names] == ["all"] and self.labels:
-            names = list(self.labels)
-        self.system.condition(names)
-        return [names[i % len(names)] for i in range(count)]
-
-    def _draw(
-        self, seeds: range, labels: list[str | None], settings: dict[str, Any], sampler: Any, on_step: Hook
-    ) -> Tensor:
-        return draw(
+        interval = settings.get("guidance_interval")
+        x = draw(
             self.system,
-            seeds=seeds,
-            labels=labels,
+            seeds=range(first, first + len(asked)),
+            asked=asked,
             sampler=settings["sampler"] if sampler is None else sampler,
             schedule=settings["schedule"],
             steps=settings["steps"],
-            guidance=settings["guidance"],
+            guidance=Guidance(
+                settings["guidance"], settings.get("guidance_rescale", 0.0), tuple(interval) if interval else None
+            ),
+            size=(settings["width"], settings["height"]),
             on_step=on_step,
         )
+        together = {"seed": first, "asked": [one.stored() for one in asked]}
+        shared = settings | {"made_with": environment(self.device)}
+        return [
+            with_settings(picture, shared | one.stored() | {"seed": first + i, "batch": together | {"index": i}})
+            for i, (one, picture) in enumerate(zip(asked, to_pil(x.cpu()), strict=True))
+        ]
+
+    def _asked(
+        self, prompts: Sequence[str | None], negative: str | None, label: str | Sequence[str] | None
+    ) -> list[Asked]:
+        """What each picture is to be; labels are taken in turn."""
+        names: list[str | None] = [label] if label is None or isinstance(label, str) else list(label) or [None]
+        if [name.casefold() for name in names if name is not None] == ["all"] and self.labels:
+            names = list(self.labels)
+        return [Asked(text, negative, names[i % len(names)]) for i, text in enumerate(prompts)]
 
     def _settings(
-        self, steps: int | None, sampler: Any, schedule: str | None, guidance: float | None, labelled: bool
+        self,
+        steps: int | None,
+        sampler: Any,
+        schedule: str | None,
+        guidance: Guidance,
+        asked: Asked,
+        width: int | None,
+        height: int | None,
     ) -> dict[str, Any]:
         """Every setting with the model's defaults filled in, checked before anything is drawn."""
-        defaults = self.system.config.sampling
-        if guidance is not None and not (guidance >= 0 and math.isfinite(guidance)):
-            raise UserError(f"guidance must be a finite number of at least 0, got {guidance}")
-        if guidance not in (None, 1) and not labelled:
-            raise UserError("--guidance needs a --label: without one there is nothing to guide towards")
+        defaults, led = self.system.config.sampling, asked.says_anything or asked.negative is not None
+        if guidance.scale not in (None, 1) and not led:
+            raise UserError("--guidance needs a --label or a prompt: without one there is nothing to guide towards")
         if steps is not None and steps < 1:
             raise UserError(f"steps must be at least 1, got {steps}")
         chosen = defaults.sampler if sampler is None else sampler
         choose_solver(self.system, chosen)
         spacing = choose_schedule(self.system, chosen, schedule)
-        width, height = self.system.shape[2], self.system.shape[1]
-        return {
+        scale = guidance.scale if guidance.scale is not None else (defaults.guidance if led else 1.0)
+        if asked.negative is not None and scale == 1:
+            raise UserError("a negative prompt works through guidance, which is off (1); give --guidance above 1")
+        settings = {
             "model": self.name,
             "model_hash": self.sha256,
             "steps": choose_steps(self.system, spacing, steps),
             "sampler": find(chosen)[0].name if isinstance(chosen, str) else repr(chosen),
             "schedule": spacing,
-            "guidance": guidance if guidance is not None else (defaults.guidance if labelled else 1.0),
-            "width": width,
-            "height": height,
+            "guidance": scale,
+            "width": width or self.system.config.size,
+            "height": height or self.system.config.size,
             "dtype": self.dtype,
         }
+        if guidance.rescale:
+            settings["guidance_rescale"] = guidance.rescale
+        if guidance.interval is not None:
+            settings["guidance_interval"] = list(guidance.interval)
+        return settings
 
-    def _refuse_what_does_not_apply(
-        self, prompt: str | Sequence[str] | None, negative: str | None, width: int | None, height: int | None
-    ) -> None:
+    def _refuse_what_does_not_apply(self, asked: Asked, width: int | None, height: int | None) -> None:
         known = f"; its labels are: {', '.join(self.labels)}" if self.labels else ""
-        if prompt is not None:
-            raise UserError(f"model {self.name} does not read text, so it takes no prompt{known}")
-        if negative is not None:
-            raise UserError(f"model {self.name} does not read text, so it takes no negative prompt{known}")
+        if "text" not in self.system.reads:
+            if asked.prompt is not None:
+                raise UserError(f"model {self.name} does not read text, so it takes no prompt{known}")
+            if asked.negative is not None:
+                raise UserError(f"model {self.name} does not read text, so it takes no negative prompt{known}")
+        if asked.label is not None and "label" not in self.system.reads:
+            raise UserError("this model has no class labels; leave --label out")
         own = self.system.config.size
-        for what, asked in (("width", width), ("height", height)):
-            if asked is not None and asked != own:
-                raise UserError(f"model {self.name} draws {own} x {own} pixels; {what} {asked} cannot be had")
+        for what, size in (("width", width), ("height", height)):
+            if size is not None and size != own and isinstance(self.system, DDPM):
+                raise UserError(f"model {self.name} draws {own} x {own} pixels; {what} {size} cannot be had")
+            if size is not None and not 8 <= size <= 4096:
+                raise UserError(f"{what} must be 8 to 4096 pixels, got {size}")
 
 
 def environment(device: torch.device) -> dict[str, Any]:

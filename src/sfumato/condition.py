@@ -69,16 +69,34 @@ class Condition:
     def stacked_on(self, first: Condition) -> Condition:
         """One condition of twice the batch, `first`'s pictures before this one's (guidance in a single call).
 
-        Both must fill the same slots: a slot that only one of them fills raises `ValueError` naming it.
+        Both must fill the same slots: a slot that only one of them fills raises `ValueError` naming it. Contexts of
+        unequal length are padded to the longer (zeros, masked out), which needs the mask.
         """
         joined: dict[str, Any] = {}
+        length = max((len(c.context[0]) for c in (self, first) if c.context is not None), default=0)
+        one, other = self._lengthened(length), first._lengthened(length)
         for f in fields(self):
-            mine, theirs = getattr(self, f.name), getattr(first, f.name)
+            mine, theirs = getattr(one, f.name), getattr(other, f.name)
             if (mine is None) != (theirs is None):
                 raise ValueError(f"the condition and its null must fill the same slots; only one fills '{f.name}'")
             if mine is not None:
                 joined[f.name] = _join(theirs, mine, f.name)
         return Condition(**joined)
+
+    def _lengthened(self, length: int) -> Condition:
+        """With `context` padded to `length` tokens."""
+        if self.context is None or self.context.shape[1] == length:
+            return self
+        if self.context_mask is None:
+            raise ValueError(
+                f"contexts of {self.context.shape[1]} and {length} tokens can only be joined with a 'context_mask'"
+            )
+        more = length - self.context.shape[1]
+        return replace(
+            self,
+            context=torch.nn.functional.pad(self.context, (0, 0, 0, more)),
+            context_mask=torch.nn.functional.pad(self.context_mask, (0, more)),
+        )
 
 
 def _join(first: Any, second: Any, name: str) -> Any:

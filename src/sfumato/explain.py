@@ -30,6 +30,7 @@ from sfumato.errors import UserError, raise_unknown
 from sfumato.evaluation import solvers as comparison
 from sfumato.images import from_pil, to_pil
 from sfumato.random import NoiseSource
+from sfumato.systems.asked import Asked
 from sfumato.systems.config import ScheduleConfig
 from sfumato.tasks.draw import guided
 from sfumato.training.trainer import LEVEL_EDGES
@@ -257,7 +258,7 @@ def solvers(
     )  # fmt: skip
     note(model.name)
     device = next(model.denoiser.network.parameters()).device
-    denoise = guided(model.system, [None] * pictures, None)
+    denoise = guided(model.system, [Asked()] * pictures, None)
     on_model = comparison.compare(
         denoise, path, lambda: NoiseSource(range(seed, seed + pictures), model.system.shape, device=device),
         spacing=spacing, budgets=budgets, names=names, note=note,

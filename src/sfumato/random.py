@@ -20,6 +20,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sfumato.errors import UserError
+
 _DEPTH = 22  # levels of bisection: the finest interval is 2 * _SPAN / 2**22, under 1e-5 in log nsr
 _LEAVES = 1 << _DEPTH
 _SPAN = 20.0  # the Brownian path lives on log nsr in [-20, 20], wider than any schedule
@@ -48,6 +50,7 @@ class NoiseSource:
         self._drawn_as = torch.float64 if dtype == torch.float64 else torch.float32
         self._generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         self._paths: OrderedDict[int, Tensor] = OrderedDict()
+        self._rounds = 0
 
     def draw(self) -> Tensor:
         """N(0, I) of shape (B, *shape): the next numbers of each picture's own stream."""
@@ -65,6 +68,12 @@ class NoiseSource:
         unit = math.sqrt(2 * _SPAN / _LEAVES)
         increment = (self._path(j) - self._path(i)) * (1 / (unit * math.sqrt(abs(j - i))))
         return increment.to(self.device, self.dtype)
+
+    def new_path(self) -> None:
+        """From here on `between` follows another path: a grid that went up again crosses intervals a second time, and
+        their noise must not be that of the first."""
+        self._rounds += 1
+        self._paths.clear()
 
     def _leaf(self, u: float) -> int:
         clamped = min(max(u, -_SPAN), _SPAN)
@@ -92,7 +101,9 @@ class NoiseSource:
         if node in self._paths:
             self._paths.move_to_end(node)
             return self._paths[node] * scale
-        generators = [torch.Generator().manual_seed(derived_seed("brownian", seed, node)) for seed in self.seeds]
+        again = (self._rounds,) if self._rounds else ()
+        seeds = (derived_seed("brownian", seed, node, *again) for seed in self.seeds)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._paths[node] = self._stack(generators)
         if len(self._paths) > 4 * _DEPTH:
             self._paths.popitem(last=False)
@@ -100,6 +111,20 @@ class NoiseSource:
 
     def _stack(self, generators: Sequence[torch.Generator]) -> Tensor:
         return torch.stack([torch.randn(self.shape, generator=g, dtype=self._drawn_as) for g in generators])
+
+
+class NoNoise(NoiseSource):
+    """Where there must be none: every question raises `UserError` with this sentence."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__((), ())
+        self._sentence = sentence
+
+    def draw(self) -> Tensor:
+        raise UserError(self._sentence)
+
+    def between(self, u: float, v: float) -> Tensor:
+        raise UserError(self._sentence)
 
 
 def derived_seed(*parts: int | str) -> int:

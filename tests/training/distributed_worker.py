@@ -44,6 +44,9 @@ class LineTask:
     def wrap(self, prepare: Any) -> None:
         self.called = prepare(self.network)
 
+    def begin(self, step: int) -> None:
+        pass
+
     def loss(self, batch: Batch, generator: torch.Generator, device: torch.device) -> Loss:
         noise = torch.stack([torch.randn(4, generator=torch.Generator().manual_seed(int(i))) for i in batch.indices])
         error = (self.called(batch.to_float().flatten(1)) - noise).square().mean(1)
@@ -64,6 +67,9 @@ class LineTask:
 
     def model_config(self) -> dict[str, Any]:
         return {"system": "line"}
+
+    def finished(self, weights: Any) -> Any:
+        return self.tensors(dict(weights)), self.model_config()
 
 
 def line(

@@ -56,6 +56,9 @@ class LineTask:
     def wrap(self, prepare: Any) -> None:
         raise AssertionError("only with several processes")
 
+    def begin(self, step: int) -> None:
+        pass
+
     def loss(self, batch: Batch, generator: torch.Generator, device: torch.device) -> Loss:
         x = batch.to_float().flatten(1)
         noise = torch.stack([torch.randn(4, generator=torch.Generator().manual_seed(int(i))) for i in batch.indices])
@@ -79,6 +82,9 @@ class LineTask:
 
     def model_config(self) -> dict[str, Any]:
         return {"system": "line"}
+
+    def finished(self, weights: Any) -> Any:
+        return self.tensors(dict(weights)), self.model_config()
 
 
 def line_trainer(folder: Path, run: Path, options: dict[str, Any] | None = None, **train: Any) -> Trainer:

@@ -81,7 +81,7 @@ def _of_model(file: Path) -> dict[str, Any]:
             known["last metrics"] = last
     opened = open_system(weights_of(file))
     config = opened.system.config.model_dump(mode="json")
-    parameters = sum(p.numel() for p in opened.system.denoiser.network.parameters())
+    parameters = sum(t.numel() for t in opened.system.tensors().values())
     return known | {"weights": str(opened.path), "sha256": opened.sha256, "parameters": parameters} | config
 
 

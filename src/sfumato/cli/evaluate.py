@@ -1,7 +1,7 @@
 """`sfumato evaluate`: how good a model is, in numbers.
 
 >>> [command.name for command in evaluate_app.registered_commands]
-['bpd']
+['bpd', 'floor', 'pictures', 'codec', 'text']
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sfumato.cli import evaluate_sets
 from sfumato.cli.options import number, whole
 from sfumato.errors import UserError, nearest, raise_unknown
 
@@ -70,8 +71,11 @@ def bits_per_dim(
     of_bound, of_flow = {"variance": variance, "no-clip": no_clip or None}, {"tolerance": tolerance, "probes": probes}
     _check(method, steps, of_bound, of_flow)
     from sfumato import api
+    from sfumato.systems.ddpm import DDPM
 
     opened = api.load(model, device=device)
+    if not isinstance(opened.system, DDPM):
+        raise UserError(f"{opened.name} is a {opened.system.kind} model; bits per dimension need a pixel-space model")
     found, indices, total = _choose(opened.system, data, split, label, count, seed)
     pictures, labels = _load(found, indices, label is not None)
     if method == "bound":
@@ -187,3 +191,7 @@ def _tell(found: BitsPerDim, settings: dict[str, Any], as_json: bool) -> None:
         print(f"  prior {found.prior:.4f}, steps between {between:.4f}, decoder {found.decoder:.4f}")
     said = ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None)
     print(f"  {said}; {found.dims} dimensions, {found.evaluations} evaluations")
+
+
+for _command in (evaluate_sets.floor, evaluate_sets.pictures, evaluate_sets.codec, evaluate_sets.text):
+    evaluate_app.command()(_command)

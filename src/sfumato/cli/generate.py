@@ -47,6 +47,12 @@ def generate(
     guidance: Annotated[
         float | None, typer.Option(parser=number(0), metavar="W", help="Classifier-free guidance; 1 is off.")
     ] = None,
+    guidance_rescale: Annotated[
+        float, typer.Option(parser=number(0), metavar="PHI", help="Pull the spread of guided outputs back, 0 to 1.")
+    ] = 0.0,
+    guidance_interval: Annotated[
+        str | None, typer.Option(metavar="LOW,HIGH", help="Noise-to-signal ratios between which guidance acts.")
+    ] = None,
     negative: Annotated[str | None, typer.Option(help="What not to draw, for models that read text.")] = None,
     label: Annotated[
         list[str] | None,
@@ -64,8 +70,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Describe what was made as JSON.")] = False,
 ) -> None:
     """Draw new pictures."""
-    prompts: list[str | None] = list(prompt) if prompt else [None]
-    total = count * len(prompts)
+    total = count * max(1, len(prompt or []))
     single = out.suffix.lower() in _SUFFIXES
     _check_out(out, single, total, sheet, overwrite)
     from sfumato import api
@@ -81,17 +86,16 @@ def generate(
         paths = [out]
     if not overwrite:
         _refuse_existing(paths)
-    pictures: list[Image.Image] = []
     options: dict[str, Any] = {
         "count": count, "steps": steps, "sampler": sampler, "schedule": schedule, "guidance": guidance,
-        "negative": negative, "label": label, "width": width, "height": height,
+        "guidance_rescale": guidance_rescale, "guidance_interval": _interval(guidance_interval), "negative": negative,
+        "label": label, "width": width, "height": height,
     }  # fmt: skip
     for remark in opened.remarks(sampler):
         print(f"note: {remark}", file=sys.stderr)
-    visited = opened.steps(steps, sampler, schedule) * -(-count // 16) * len(prompts)
+    visited = opened.steps(steps, sampler, schedule) * -(-total // 16)
     with _progress(visited) as advance, _overflow_explained():
-        for i, text in enumerate(prompts):
-            pictures += opened.generate(text, seed=first + i * count, on_step=advance, **options)
+        pictures = opened.generate(prompt or None, seed=first, on_step=advance, **options)
     with _folder(paths[0].parent):
         _save(pictures, paths, sheet, overwrite, opened)
     _tell(pictures, paths, as_json)
@@ -100,6 +104,17 @@ def generate(
 def picture_path(folder: Path, seed: int) -> Path:
     """Where the picture of that seed goes in a folder."""
     return folder / f"{seed}.png"
+
+
+def _interval(text: str | None) -> tuple[float, float] | None:
+    """Two numbers with a comma between them."""
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--guidance-interval takes two numbers, LOW,HIGH; got {text!r}") from None
+    return low, high
 
 
 def _first_seed(seed: int | None) -> int:
@@ -198,7 +213,9 @@ def _save(pictures: list[Image.Image], paths: list[Path], sheet: bool, overwrite
     first = dict(pictures[0].info["sfumato"])
     first.pop("batch")
     settings = first | {"sheet": [p.info["sfumato"]["seed"] for p in pictures]}
-    whole = images.sheet(pictures, scale=max(1, 96 // opened.system.config.size))
+    said = [p.info["sfumato"].get("prompt") for p in pictures]
+    labels = [text or "" for text in said] if any(said) else None
+    whole = images.sheet(pictures, labels=labels, scale=max(1, 96 // opened.system.config.size))
     images.save_picture(whole, paths[0], settings, overwrite=overwrite)
 
 

@@ -19,7 +19,7 @@ from sfumato.cli.explain import explain_app
 from sfumato.cli.generate import edit, generate
 from sfumato.cli.replay import replay
 from sfumato.cli.samplers import samplers, schedules
-from sfumato.cli.train import recipes_app, train
+from sfumato.cli.train import check, recipes_app, train
 from sfumato.errors import UserError, nearest
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # the parent of all errors in how a command is called
@@ -37,6 +37,7 @@ app.command()(replay)
 app.command()(samplers)
 app.command()(schedules)
 app.command()(train)
+app.command()(check)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(data_app, name="data")
 app.add_typer(models_app, name="models")

@@ -22,6 +22,9 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A name from `sfumato recipes ls`, or FILE.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings, e.g. train.steps=500.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of pictures, or a parquet file.")] = None,
+    codec: Annotated[
+        Path | None, typer.Option(help="For latent diffusion: a first stage's run (whose data are taken) or model file.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder.")] = None,
     resume: Annotated[str, typer.Option(help="auto, never, or the checkpoint or run to start from.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
@@ -33,7 +36,7 @@ def train(
     from sfumato.training import recipes, run
 
     extra = ["data.skip_bad=true"] if skip_bad else []
-    loaded = recipes.load(recipe, [*(overrides or []), *extra], str(data) if data is not None else None)
+    loaded = recipes.load(recipe, [*(overrides or []), *extra], *(str(p) if p is not None else None for p in (data, codec)))
     if print_config:
         print(run.dump(loaded), end="")
         return
@@ -51,6 +54,21 @@ def train(
         raise typer.Exit(3) from None
     if result == "stopped":
         raise typer.Exit(130)
+
+
+def check(
+    recipe: Annotated[str, typer.Argument(help="A name from `sfumato recipes ls`, or FILE.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings, e.g. train.batch=16.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of pictures, or a parquet file.")] = None,
+    codec: Annotated[Path | None, typer.Option(help="For latent diffusion: a first stage's run or model file.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
+) -> None:
+    """Rehearse a run: open every picture, train, validate, sample, save, resume and finish, once each."""
+    from sfumato.api import choose_device
+    from sfumato.training import recipes, run
+
+    loaded = recipes.load(recipe, overrides or [], *(str(p) if p is not None else None for p in (data, codec)))
+    run.rehearse(loaded, device=None if device == "auto" else choose_device(device))
 
 
 @recipes_app.command("ls")

@@ -25,7 +25,9 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from sfumato.diffusion.beta import beta_quantile
 from sfumato.diffusion.level import CLEAN, NoiseLevel
+from sfumato.diffusion.names import Names, fold
 from sfumato.diffusion.schedule import Schedule
 from sfumato.errors import UserError, nearest, raise_unknown
 
@@ -35,6 +37,7 @@ Rounding = bool | Literal["down"]
 GridFunction = TypeVar("GridFunction", bound=Callable[..., Grid])
 
 _FINITE_NSR = 4096.0  # where a grid in nsr starts if the schedule ends in pure noise: alpha_bar = 2^-24
+_WIDE_NSR = 20.0  # beyond it quantiles are better drawn in the flow's sigma
 _SMALL_NSR = 1e-3  # and where it stops if the schedule begins clean
 _SPEC = re.compile(r"fast27|(ddim)?\d+(,\d+)*")
 
@@ -69,7 +72,7 @@ class Spacing:
 
 
 GRIDS: dict[str, Spacing] = {}
-_BY_ALIAS: dict[str, str] = {}
+_NAMES = Names("schedule")
 
 
 def spacing(name: str, title: str, *aliases: str, **options: Any) -> Callable[[GridFunction], GridFunction]:
@@ -80,17 +83,10 @@ def spacing(name: str, title: str, *aliases: str, **options: Any) -> Callable[[G
 
     def register(make: GridFunction) -> GridFunction:
         GRIDS[name] = Spacing(name, title, aliases, make, options)
-        for alias in {fold(alias) for alias in (name, title, *aliases)}:
-            if _BY_ALIAS.setdefault(alias, name) != name:
-                raise ValueError(f"schedule name {alias!r} belongs to {_BY_ALIAS[alias]!r} already")
+        _NAMES.add(name, title, *aliases)
         return make
 
     return register
-
-
-def fold(name: str) -> str:
-    """How names are compared: lower case, `++` as pp, without spaces and punctuation."""
-    return re.sub(r"[^a-z0-9]", "", name.casefold().replace("++", "pp"))
 
 
 def find_spacing(name: str) -> Spacing:
@@ -100,16 +96,16 @@ def find_spacing(name: str) -> Spacing:
         UserError: for an unknown name, with the nearest one.
     """
     folded = fold(name)
-    for candidate in (folded, folded.removeprefix("getsigmas")):
-        if candidate in _BY_ALIAS:
-            return GRIDS[_BY_ALIAS[candidate]]
+    found = _NAMES.find(folded, folded.removeprefix("getsigmas"))
+    if found is not None:
+        return GRIDS[found]
     written = [a for s in GRIDS.values() for a in (*s.aliases, s.title, s.name)]
     raise UserError(f"unknown schedule {name!r}{nearest(name, written)}; known: {', '.join(sorted(GRIDS))}")
 
 
 def endings() -> list[tuple[str, str]]:
     """Every folded name of a grid with its canonical name, longest first: what a sampler's name may end in."""
-    return sorted(_BY_ALIAS.items(), key=lambda pair: -len(pair[0]))
+    return _NAMES.longest_first()
 
 
 def canonical(name: str) -> str:
@@ -545,10 +541,12 @@ def beta_sigma(
     """Quantiles of a Beta distribution between the least and the greatest nsr: diffusers' beta schedule.
 
     `nsr_i = min + (max - min) F^-1(1 - i/(steps-1))`. A1111's and ComfyUI's is `beta_t`, another grid. The other
-    arguments as in `karras`; a path that begins in pure noise has no greatest nsr and takes the flow's sigma.
+    arguments as in `karras`, but for the clock: without one the ramp is drawn in nsr up to 20, which holds Stable
+    Diffusion's 14.6, and in the flow's sigma on wider ranges and from pure noise. There the quantiles of nsr itself
+    would leave nothing for the cleaner half of the way: of 64 on [0, 80] all but one lie above 0.1.
     """
     _check(schedule, steps)
-    clock = clock or ("sigma" if math.isinf(schedule.nsr_range[1]) else "nsr")
+    clock = clock or ("sigma" if schedule.nsr_range[1] > _WIDE_NSR else "nsr")
     u = beta_quantile(1 - torch.linspace(0, 1, steps, dtype=torch.float64), alpha, beta)
     ratios = _on_clock(clock, *_ends(schedule, low, high, clock), lambda a, b: a + (b - a) * u)
     return _in_nsr(schedule, ratios, round_t, end)
@@ -649,38 +647,3 @@ def tail(levels: Sequence[NoiseLevel], strength: float) -> Grid:
 def reversed_(levels: Sequence[NoiseLevel]) -> Grid:
     """The same levels clean to noisy, for inversion (`sample(…, climb=True)`)."""
     return list(reversed(levels))
-
-
-# --- the Beta distribution -------------------------------------------------------------------------------------------
-
-
-def beta_quantile(p: Tensor, alpha: float, beta: float) -> Tensor:
-    """Quantiles of the Beta distribution, `F^-1(p)` in [0, 1]; float64 of p's shape, absolute error below 1e-14.
-
-    Bisection of the power series of the regularised incomplete beta function, on the half where it converges fast
-    (DLMF 8.17.7, with the symmetry `F(x; a, b) = 1 - F(1 - x; b, a)`).
-    """
-    if alpha <= 0 or beta <= 0:
-        raise UserError(f"the Beta distribution needs positive parameters, got {alpha} and {beta}")
-    p = p.to(torch.float64)
-    middle = _beta_cdf(torch.tensor(0.5, dtype=torch.float64), alpha, beta)
-    return torch.where(p <= middle, _low_quantile(p, alpha, beta), 1 - _low_quantile(1 - p, beta, alpha))
-
-
-def _low_quantile(p: Tensor, alpha: float, beta: float) -> Tensor:
-    """The quantile where it is at most 1/2, else 1/2; 0 and its neighbours exactly."""
-    low, high = torch.zeros_like(p), torch.full_like(p, 0.5)
-    for _ in range(60):
-        middle = (low + high) / 2
-        below = _beta_cdf(middle, alpha, beta) < p
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    return torch.where(p <= 0, torch.zeros_like(p), (low + high) / 2)
-
-
-def _beta_cdf(x: Tensor, alpha: float, beta: float) -> Tensor:
-    """`F(x; a, b) = x^a / B(a, b) sum_n (1-b)_n / (n! (a+n)) x^n` for x in [0, 1/2]."""
-    scale = math.exp(math.lgamma(alpha) + math.lgamma(beta) - math.lgamma(alpha + beta))
-    n = torch.arange(60, dtype=torch.float64)
-    rising = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod((n[1:] - beta) / n[1:], dim=0)])
-    series = torch.sum(x[..., None] ** n * (rising / (alpha + n)), dim=-1)
-    return torch.pow(x, alpha) * series / scale

@@ -55,7 +55,8 @@ def classifier_free(
         scale: 1 is off (the null branch is not evaluated), 0 is the null alone.
         rescale: phi of Lin 2023 (eq. 15-16): pull the output's standard deviation back to the conditional one's.
         channels: guide only the first so many channels (DiT guides 3 of 4); None for all.
-        interval: guide only where `nsr` lies within (low, high) (Kynkaanniemi 2024); outside, unguided.
+        interval: guide only where `nsr` lies within (low, high) (Kynkaanniemi 2024); outside, unguided. Each picture by
+            its own level where they differ.
         batched: evaluate null and conditional in one call of twice the batch, null first.
 
     The learned variance, where there is one, is the conditional branch's.
@@ -65,7 +66,8 @@ def classifier_free(
         return plain
 
     def denoise(x_t: Tensor, level: NoiseLevel, previous_x0: Tensor | None) -> Prediction:
-        if interval is not None and not interval[0] <= float(level.nsr) <= interval[1]:
+        inside = torch.ones(()) if interval is None else (interval[0] <= level.nsr) & (level.nsr <= interval[1])
+        if not bool(inside.any()):
             return plain(x_t, level, previous_x0)
         if batched:
             without, with_ = _both(denoiser, condition, null, x_t, level, previous_x0)
@@ -76,6 +78,8 @@ def classifier_free(
             out = _rescaled(out, with_.out, rescale)
         if channels is not None:
             out = torch.cat([out[:, :channels], with_.out[:, channels:]], dim=1)
+        if not bool(inside.all()):
+            out = torch.where(expand(inside.double(), x_t) > 0, out, with_.out)
         return denoiser.read(out, x_t, level, with_.var_frac)
 
     return denoise

@@ -19,6 +19,8 @@ from torch import Tensor
 Number = float | Tensor
 """A number that belongs to a level: plain, or a tensor of the level's shape."""
 
+_NEARLY = 1000.0  # the noise-to-signal ratio from which a level is nearly pure noise
+
 
 def expand(value: Tensor, x: Tensor) -> Tensor:
     """Make a per-level number ready to multiply `x`: the one place that reshapes, moves and casts.
@@ -102,6 +104,18 @@ class NoiseLevel:
         """Whether no signal is left somewhere in it."""
         alpha = self.numbers[0]
         return bool((alpha == 0).any()) if isinstance(alpha, Tensor) else alpha == 0
+
+    @property
+    def is_nearly_noise(self) -> bool:
+        """Whether the noise is over 1000 times the signal somewhere in it: where a picture is not to be seen yet.
+
+        The slope of a step from there changes all the way, so that a method which takes it over the whole step in the
+        noise-to-signal ratio would go wrong by as much; from pure noise it could not be reckoned at all. Tables that
+        end so (cosine, sigmoid) have one or two such levels.
+        """
+        alpha, sigma = self.numbers
+        nearly = _NEARLY * alpha < sigma
+        return bool(nearly.any()) if isinstance(nearly, Tensor) else nearly
 
     @property
     def is_clean(self) -> bool:

@@ -18,7 +18,8 @@ True
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 import torch
@@ -50,19 +51,21 @@ class Loss:
     Attributes:
         value: () the scalar to differentiate.
         per_picture: (B,) unweighted, detached: for curves by noise level.
-        level: the levels (B,) that were drawn.
+        level: the levels (B,) that were drawn; None for a network that knows no noise (an autoencoder).
         each: (B,) what every picture adds: weighted, with all terms, differentiable. `value` is its mean.
         parts: (B,) which part of the path each level was drawn from by importance; None without it.
         sampled: (B,) detached, `each` before the weights of importance sampling: what its history is to record. None
             without it.
+        figures: other means over the batch that are worth a curve, by name.
     """
 
     value: Tensor
     per_picture: Tensor
-    level: NoiseLevel
+    level: NoiseLevel | None
     each: Tensor
     parts: Tensor | None = None
     sampled: Tensor | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -125,10 +128,10 @@ class Objective:
         for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise_unknown(name, getattr(self, name), choices)
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, float) and not math.isfinite(value) and (field.name, value) != _PLAIN_SNR:
-                raise UserError(f"objective.{field.name} must be a finite number, got {value}")
+        for own in fields(self):
+            value = getattr(self, own.name)
+            if isinstance(value, float) and not math.isfinite(value) and (own.name, value) != _PLAIN_SNR:
+                raise UserError(f"objective.{own.name} must be a finite number, got {value}")
         for name in ("huber_delta", "min_snr_gamma", "logit_std", "log_nsr_std"):
             if getattr(self, name) <= 0:
                 raise UserError(f"objective.{name} must be positive, got {getattr(self, name)}")

@@ -30,7 +30,9 @@ from sfumato.diffusion.level import NoiseLevel, expand, goes_up
 from sfumato.diffusion.posterior import renoise
 from sfumato.diffusion.schedule import Schedule
 from sfumato.diffusion.solvers.base import Solver
-from sfumato.random import NoiseSource
+from sfumato.random import NoiseSource, NoNoise
+
+_INVERSION = "climb=True inverts, which a method that draws noise cannot do: take a deterministic one, or eta (tau) 0"
 
 
 @torch.no_grad()
@@ -51,25 +53,31 @@ def sample(
         denoise: `(x_t, level, previous_x0) -> Prediction`; the previous estimate is the last step's.
         solver: makes one transition; may stop short of the next level, and is asked again.
         x: (B, *S) at `grid[0]`: `start(noise, grid[0])` for pure noise.
-        grid: levels, noisy to clean. Where it goes up again the picture is renoised (Restart, RePaint) …
-        climb: … unless this is set: then the solver itself walks up (inversion).
+        grid: levels, noisy to clean. Where it goes up again the picture is renoised (Restart, RePaint), and its
+            Brownian noise begins anew …
+        climb: … unless this is set: then the solver itself walks up (inversion), and may draw no noise.
         noise: each picture's own stream.
         on_step: called with the initial state and after every step; what it returns goes on.
+
+    Raises:
+        UserError: where a solver draws noise with `climb`.
 
     `torch.no_grad`, not inference mode: guidance may need gradients.
     """
     x = on_step(x, grid[0], None, noise)
+    own = NoNoise(_INVERSION) if climb else noise
     state, previous_x0 = solver.init(schedule, grid), None
     for i, (now, nxt) in enumerate(pairwise(grid)):
         if not climb and goes_up(now, nxt):
             x = renoise(x, now, nxt, noise.draw())
+            noise.new_path()
             state, previous_x0 = solver.init(schedule, grid[i + 1 :]), None
             x = on_step(x, nxt, None, noise)
             continue
         level = now
         while level is not nxt:
             ask: Callable[[Tensor, NoiseLevel], Prediction] = partial(_ask, denoise, previous_x0)
-            x, level, state, prediction = solver.step(ask, x, level, nxt, state, noise)
+            x, level, state, prediction = solver.step(ask, x, level, nxt, state, own)
             previous_x0 = prediction.x0
         x = on_step(x, nxt, prediction, noise)
     return x

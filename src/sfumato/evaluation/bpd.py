@@ -27,13 +27,12 @@ from sfumato.diffusion.level import NoiseLevel
 from sfumato.diffusion.likelihood import Bound, Variance, bound, chain
 from sfumato.diffusion.probability_flow import Divergence, dequantize, flow_density
 from sfumato.errors import UserError
+from sfumato.evaluation.figures import deviation
 from sfumato.random import NoiseSource, derived_seed
 from sfumato.systems.ddpm import DDPM
 
 Labels = Sequence[str | int | None]
 Progress = Callable[[int, int], None]
-
-_RESAMPLINGS = 1000
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def measure_bound(
     _refuse_unmeasurable(whole["total"])
     return BitsPerDim(
         float(whole["total"].mean()),
-        _deviation(whole["total"], seed),
+        deviation(whole["total"], seed=seed),
         whole["total"],
         dims=pictures[0].numel(),
         evaluations=_looks(model) * (len(levels) - 1),
@@ -166,7 +165,7 @@ def measure_flow(
     each = torch.cat(bits)
     _refuse_unmeasurable(each)
     asked = _looks(model) * evaluations
-    return BitsPerDim(float(each.mean()), _deviation(each, seed), each, dims=pictures[0].numel(), evaluations=asked)
+    return BitsPerDim(float(each.mean()), deviation(each, seed=seed), each, dims=pictures[0].numel(), evaluations=asked)
 
 
 def _check(model: DDPM, pictures: Tensor, labels: Labels | None, batch: int) -> None:
@@ -219,13 +218,3 @@ def _looking_twice(denoise: DenoiseFn) -> DenoiseFn:
         return denoise(x_t, level, denoise(x_t, level, None).x0)
 
     return twice
-
-
-def _deviation(per_picture: Tensor, seed: int) -> float | None:
-    """Of the mean, by bootstrap; None for one picture."""
-    n = len(per_picture)
-    if n < 2:
-        return None
-    generator = torch.Generator().manual_seed(derived_seed("bootstrap", seed))
-    means = [per_picture[torch.randint(n, (n,), generator=generator)].mean() for _ in range(_RESAMPLINGS)]
-    return float(torch.stack(means).std())

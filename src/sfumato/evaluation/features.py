@@ -22,7 +22,7 @@ import hashlib
 import importlib
 import importlib.util
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -32,7 +32,11 @@ from torch import Tensor, nn
 
 from sfumato.errors import ModelFileError, UserError
 
-Layer = Literal["head", "block10"]
+Layer = Literal["head", "block10", "both"]
+
+_LAYERS: dict[str, tuple[str, ...]] = {
+    "head": ("head",), "block10": ("block 10",), "both": ("block 10", "head"),
+}  # fmt: skip
 
 INPUT_SIZE = 128
 """Side, in pixels, to which EfficientNet-Lite features resize every picture."""
@@ -77,17 +81,20 @@ class EfficientNetFeatures(nn.Module):
 
     Attributes:
         name: the name in figures, such as "EffLite2".
-        layer: "head", the last 1,280 activations, for KID; or "block10", the end of the eleventh block (88 in
-            Lite2, 112 in Lite0), few enough for the covariances of a Fréchet distance from small sets.
+        layer: "head", the last 1,280 activations, for KID; "block10", the end of the eleventh block (88 in
+            Lite2, 112 in Lite0), few enough for the covariances of a Fréchet distance from small sets; or "both", the
+            one behind the other, in one pass.
+        sha256: of the published weights.
     """
 
-    def __init__(self, network: nn.Module, name: str, layer: Layer = "head") -> None:
+    def __init__(self, network: nn.Module, name: str, layer: Layer = "head", sha256: str = "") -> None:
         super().__init__()
-        if layer not in ("head", "block10"):
-            raise UserError(f"unknown feature layer {layer!r}; known: head, block10")
+        if layer not in _LAYERS:
+            raise UserError(f"unknown feature layer {layer!r}; known: {', '.join(_LAYERS)}")
         self.network = network
         self.name = name
         self.layer = layer
+        self.sha256 = sha256
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -97,19 +104,40 @@ class EfficientNetFeatures(nn.Module):
         Raises:
             UserError: another shape or type; float pictures in [-1, 1] must first become 8-bit ones.
         """
+        found: list[Tensor] = []
+        for name, x in self._passed(images, stop=self.layer == "block10"):
+            if name in _LAYERS[self.layer]:
+                found.insert(0, _pooled(x))
+        return torch.cat(found, 1)
+
+    @torch.no_grad()
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Feature maps, float32 (B, C, h, w), of pictures, uint8 (B, 3, H, W): of the stem, and of the last block at
+        each resolution down to a sixteenth.
+
+        Raises:
+            UserError: as of `forward`.
+        """
+        kept: dict[int, Tensor] = {}
+        for _, x in self._passed(images, stop=True):
+            kept[x.shape[-1]] = x.float()
+        return list(kept.values())
+
+    def _passed(self, images: Tensor, stop: bool) -> Iterator[tuple[str, Tensor]]:
+        """Activations by name, layer by layer: stem, block 0 … and head; up to block 10 where that will do."""
         shape = tuple(images.shape)
         if images.dtype != torch.uint8 or images.ndim != 4 or shape[1] != 3:
             raise UserError(f"{self.name} takes uint8 pictures (B, 3, H, W); got {images.dtype} {shape}")
         network: Any = self.network
         x = images.to(next(network.parameters()))
         x = F.interpolate(x, (INPUT_SIZE, INPUT_SIZE), mode="bilinear", antialias=True, align_corners=False)
-        x = x / 127.5 - 1
-        if self.layer == "head":
-            return _pooled(network.extract_features(x))
-        x = network._swish(network._bn0(network._conv_stem(x)))
-        for block in network._blocks[:11]:
+        x = network._swish(network._bn0(network._conv_stem(x / 127.5 - 1)))
+        yield "stem", x
+        for i, block in enumerate(network._blocks[:11] if stop else network._blocks):
             x = block(x)
-        return _pooled(x)
+            yield f"block {i}", x
+        if not stop:
+            yield "head", network._swish(network._bn1(network._conv_head(x)))
 
 
 def _pooled(x: Tensor) -> Tensor:
@@ -117,7 +145,7 @@ def _pooled(x: Tensor) -> Tensor:
 
 
 def efficientnet_lite2(layer: Layer = "head", device: torch.device | str = "cpu") -> EfficientNetFeatures:
-    """EfficientNet-Lite2, the judge: features (B, 1280) of the head or (B, 88) of block 10.
+    """EfficientNet-Lite2, the judge: features (B, 1280) of the head, (B, 88) of block 10, or (B, 1368) of both.
 
     Raises:
         UserError: a package is not installed.
@@ -127,7 +155,7 @@ def efficientnet_lite2(layer: Layer = "head", device: torch.device | str = "cpu"
 
 
 def efficientnet_lite0(layer: Layer = "head", device: torch.device | str = "cpu") -> EfficientNetFeatures:
-    """EfficientNet-Lite0: features (B, 1280) of the head or (B, 112) of block 10.
+    """EfficientNet-Lite0: features (B, 1280) of the head, (B, 112) of block 10, or (B, 1392) of both.
 
     Raises:
         UserError: a package is not installed.
@@ -148,7 +176,7 @@ def _load(source: _Source, layer: Layer, device: torch.device | str) -> Efficien
     architecture = importlib.import_module("efficientnet_lite_pytorch").EfficientNet
     network = architecture.from_name(source.architecture, image_size=INPUT_SIZE)
     network.load_state_dict(state)
-    return EfficientNetFeatures(network, source.name, layer).to(device)
+    return EfficientNetFeatures(network, source.name, layer, source.sha256).to(device)
 
 
 def _weights_path(source: _Source) -> Path:

@@ -13,6 +13,7 @@ torch.Size([1, 6, 32])
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -32,13 +33,14 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> 
 
 
 def math(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """The equation as written, all scores in memory: the reference for other kernels."""
-    scores = scale * (q @ k.transpose(-1, -2))
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    elif mask is not None:
-        scores = scores + mask
-    return scores.softmax(dim=-1) @ v
+    """The equation as written, all scores in memory and in float32: the reference for other kernels."""
+    with torch.autocast(q.device.type, enabled=False):
+        scores = scale * (q.float() @ k.float().transpose(-1, -2))
+        if mask is not None and mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        elif mask is not None:
+            scores = scores + mask
+        return (scores.softmax(dim=-1) @ v.float()).to(v.dtype)
 
 
 KERNELS: dict[str, Kernel] = {"sdpa": sdpa, "math": math}
@@ -91,11 +93,7 @@ class AttnProcessor(nn.Module):
         q, k, v = (
             attn.split_heads(p(y)) for p, y in ((attn.to_q, x), (attn.to_k, context), (attn.to_v, context))
         )
-        mask = None
-        if attention_mask is not None:
-            prepared = attn.prepare_attention_mask(attention_mask, context.shape[1], len(x))
-            mask = cast(Tensor, prepared).view(len(x), attn.heads, -1, prepared.shape[-1])
-            mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
+        mask = None if attention_mask is None else _mask_for_kernel(attn, attention_mask, context.shape[1], q)
         out = attention_kernel()(q, k, v, mask, attn.scale).transpose(1, 2).flatten(2)
         out = cast(Tensor, attn.to_out[1](attn.to_out[0](out)))
         if len(shape) == 4:
@@ -103,6 +101,25 @@ class AttnProcessor(nn.Module):
         if attn.residual_connection:
             out = residual + out
         return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
+
+
+def _mask_for_kernel(attn: Attention, mask: Tensor, length: int, q: Tensor) -> Tensor:
+    """(B, [1 or L,] S), or the same for each of B x heads -> something that broadcasts over (B, heads, L, S)."""
+    if len(mask) == len(q) and mask.shape[-1] == length:
+        prepared = mask.reshape(len(q), 1, -1, length)
+    else:
+        repeated = attn.prepare_attention_mask(mask, length, len(q))
+        prepared = repeated.view(len(q), attn.heads, -1, repeated.shape[-1])
+    return prepared if prepared.dtype == torch.bool else prepared.to(q.dtype)
+
+
+def accepted_keywords(processor: Any) -> set[str] | None:
+    """The names of a processor's parameters; None when it takes any keyword (the default takes none besides its
+    own)."""
+    plain = isinstance(processor, nn.Module) and type(processor).__call__ is nn.Module.__call__
+    parameters = inspect.signature(processor.forward if plain else processor).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return None if takes_any and type(processor) is not AttnProcessor else set(parameters)
 
 
 class Attention(nn.Module):
@@ -114,7 +131,10 @@ class Attention(nn.Module):
         context_dim: width of what is attended to; None for self-attention.
         bias: of the query, key and value projections (the output always has one).
         groups: of a GroupNorm before the projections; None for no norm.
+        spatial_norm: a norm before the projections that is also told `temb`; instead of a GroupNorm.
         residual: add the input to the output.
+        upcast_attention: processors that write out the scores make them in float32. The library's kernels
+            always do.
     """
 
     def __init__(
@@ -127,9 +147,11 @@ class Attention(nn.Module):
         bias: bool = False,
         dropout: float = 0.0,
         groups: int | None = None,
+        spatial_norm: nn.Module | None = None,
         eps: float = 1e-5,
         residual: bool = False,
         rescale_output_factor: float = 1.0,
+        upcast_attention: bool = False,
         processor: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -140,9 +162,9 @@ class Attention(nn.Module):
         self.residual_connection, self.rescale_output_factor = residual, rescale_output_factor
         self.cross_attention_dim = context_dim if context_dim is not None else dim
         self.is_cross_attention = context_dim is not None
-        self.upcast_attention = self.upcast_softmax = False
+        self.upcast_attention, self.upcast_softmax = upcast_attention, False
         self.group_norm = nn.GroupNorm(groups, dim, eps) if groups is not None else None
-        self.spatial_norm: nn.Module | None = None
+        self.spatial_norm = spatial_norm
         self.norm_cross: nn.Module | None = None
         self.norm_q: nn.Module | None = None
         self.norm_k: nn.Module | None = None
@@ -160,14 +182,8 @@ class Attention(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         """Run the processor. Keyword arguments that its signature does not name are not passed on."""
-        if kwargs:
-            plain = (
-                isinstance(self.processor, nn.Module) and type(self.processor).__call__ is nn.Module.__call__
-            )
-            call = self.processor.forward if plain else self.processor
-            parameters = inspect.signature(call).parameters
-            if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-                kwargs = {name: value for name, value in kwargs.items() if name in parameters}
+        if kwargs and (known := accepted_keywords(self.processor)) is not None:
+            kwargs = {name: value for name, value in kwargs.items() if name in known}
         out: Tensor = self.processor(
             self,
             hidden_states,
@@ -273,3 +289,15 @@ class AttentionHost(nn.Module):
                 raise UserError(f"the processor for {name!r} must be callable, got {type(one).__name__}")
         for name, attention in places.items():
             attention.set_processor(chosen[name])
+
+    def warn_of_unused(self, adapters: Mapping[str, Any]) -> None:
+        """Warn, once for a name, of keyword arguments that no processor of this network takes."""
+        told = self.__dict__.setdefault("_warned_of", set())
+        fresh = [name for name in adapters if name not in told]
+        if not fresh:
+            return
+        known = [accepted_keywords(processor) for processor in self.attn_processors.values()]
+        for name in fresh:
+            if not any(names is None or name in names for names in known):
+                told.add(name)
+                warnings.warn(f"no attention processor of this network takes {name!r}: it is ignored", stacklevel=3)

@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfumato.errors import UserError
+from sfumato.networks.resnet import activation
+
 
 def sinusoidal(t: Tensor, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0) -> Tensor:
     """Sinusoidal embedding of times (Vaswani 2017, section 3.5).
@@ -61,13 +64,23 @@ class GaussianFourierProjection(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """Linear, SiLU, Linear: (B, dim_in) -> (B, dim)."""
+    """Linear, activation, Linear: (B, dim_in) -> (B, dim).
 
-    def __init__(self, dim_in: int, dim: int) -> None:
+    Args:
+        condition_dim: width of a second input that a bias-free linear layer adds to the first; None for none.
+    """
+
+    def __init__(self, dim_in: int, dim: int, *, act: str = "silu", condition_dim: int | None = None) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(dim_in, dim)
+        self.cond_proj = nn.Linear(condition_dim, dim_in, bias=False) if condition_dim is not None else None
+        self.act = activation(act)
         self.linear_2 = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.linear_2(F.silu(self.linear_1(x)))
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        if condition is not None:
+            if self.cond_proj is None:
+                raise UserError("this embedding has no layer for a second input")
+            x = x + self.cond_proj(condition)
+        out: Tensor = self.linear_2(self.act(self.linear_1(x)))
         return out

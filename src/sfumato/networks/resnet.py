@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import UserError, raise_unknown
+from sfumato.networks.norm import GroupNorm
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -28,6 +29,11 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     if name not in ACTIVATIONS:
         raise_unknown("activation", name, ACTIVATIONS)
     return ACTIVATIONS[name]
+
+
+def widen(x: Tensor) -> Tensor:
+    """`x` in float32 or wider, for sums that a half type would spoil; no copy where it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Downsample2D(nn.Module):
@@ -89,12 +95,12 @@ class ResnetBlock2D(nn.Module):
         super().__init__()
         self.scale_shift, self.output_scale_factor = scale_shift, output_scale_factor
         self.act = activation(act)
-        self.norm1 = nn.GroupNorm(groups, channels, eps)
+        self.norm1 = GroupNorm(groups, channels, eps)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.time_emb_proj = None
         if time_channels is not None:
             self.time_emb_proj = nn.Linear(time_channels, out_channels * (2 if scale_shift else 1))
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.norm2 = GroupNorm(groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.resample: nn.Module | None = None

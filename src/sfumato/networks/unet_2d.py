@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sfumato.errors import UserError, raise_unknown
 from sfumato.networks.attention import Attention, AttentionHost
 from sfumato.networks.embeddings import GaussianFourierProjection, TimestepEmbedding, Timesteps
+from sfumato.networks.norm import GroupNorm
 from sfumato.networks.resnet import ACTIVATIONS, ResnetBlock2D
 from sfumato.networks.unet_blocks import (
     DOWN_BLOCKS,
@@ -187,7 +188,7 @@ class UNet2DModel(AttentionHost):
             )
         else:
             self.mid_block = None
-        self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, widths[0], c.norm_eps)
+        self.conv_norm_out = GroupNorm(c.norm_num_groups, widths[0], c.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], c.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor | float, labels: Tensor | None = None) -> Tensor:

@@ -45,8 +45,9 @@ _OPTIONS = (
 class ChannelNorm(nn.Module):
     """RMS norm over channels, `x / |x| sqrt(C) g` (Zhang & Sennrich 2019), with an optional scale and shift after it.
 
-    Scale and gain are multiplied while they are small, so that the picture is passed over less often. The sum of
-    squares is taken in float32 at least: half precision would overflow. (On a CPU it is faster than `vector_norm`.)
+    Scale and gain are multiplied while they are small, so that the picture is passed over less often. The length is
+    summed in float32 at least, as half precision would overflow; what comes out has the type of what came in, so that
+    under autocast the picture stays in half precision.
     """
 
     def __init__(self, channels: int) -> None:
@@ -55,13 +56,13 @@ class ChannelNorm(nn.Module):
 
     def forward(self, x: Tensor, scale_shift: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """x (B, C, H, W); scale and shift (B, C, 1, 1), applied as `(1 + scale) x + shift`."""
-        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-        unit = x * (wide * wide).sum(dim=1, keepdim=True).clamp_min(1e-24).rsqrt().to(x.dtype)
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        unit = x * length.clamp_min(1e-12).reciprocal().to(x.dtype)
         gain = self.g * math.sqrt(x.shape[1])
         if scale_shift is None:
-            return unit * gain
+            return unit * gain.to(x.dtype)
         scale, shift = scale_shift
-        return unit * (gain * (scale + 1)) + shift
+        return torch.addcmul(shift.to(x.dtype), unit, (gain * (scale + 1)).to(x.dtype))
 
 
 class SinusoidalTime(nn.Module):
@@ -121,20 +122,23 @@ class ResnetBlock(nn.Module):
         return out
 
 
-def _split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, 3 heads D, H, W) -> three views (B, heads, D, H W)."""
-    batch, _, height, width = qkv.shape
-    q, k, v = qkv.contiguous().view(batch, 3, heads, -1, height * width).unbind(1)
-    return q, k, v
+def _to_tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H W, C); a view of a channels-last picture."""
+    return x.flatten(2).transpose(1, 2)
 
 
-def _with_memories(memories: Tensor, own: Tensor) -> Tensor:
-    """Put learned (heads, D, M) before (B, heads, D, N): (B, heads, D, M + N)."""
-    return torch.cat([memories.expand(len(own), -1, -1, -1), own], dim=-1)
+def _to_picture(tokens: Tensor, like: Tensor) -> Tensor:
+    """(B, H W, C) -> (B, C, H, W), channels-last, of the height and width of `like`."""
+    return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
 
 
 class LinearAttention(nn.Module):
-    """Attention whose cost grows with the number of pixels, not its square (Shen 2018): `q (softmax(k) v')`."""
+    """Attention whose cost grows with the number of pixels N, not its square (Shen 2018): `softmax(q) (softmax(k)' v)`.
+
+    Queries are normalized over their D components, keys over the pixels. Of what is N long only x, q and k are ever
+    made: the values' weights and the output's are multiplied into the small matrix in the middle, as
+    `k' (x Wv) = (k' x) Wv` and `(q context) Wo = q (context Wo)`.
+    """
 
     def __init__(self, dim: int, heads: int, dim_head: int) -> None:
         super().__init__()
@@ -146,12 +150,26 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape."""
-        q, k, v = _split_heads(self.to_qkv(self.norm(x)), self.heads)
-        k, v = _with_memories(self.mem_kv[0], k), _with_memories(self.mem_kv[1], v)
-        context = v @ k.softmax(dim=-1).transpose(-1, -2) * self.scale
-        mixed = context @ q.softmax(dim=-2)
-        out: Tensor = self.to_out(mixed.reshape(len(x), -1, *x.shape[-2:]))
+        project, norm = cast(nn.Conv2d, self.to_out[0]), self.to_out[1]
+        tokens = _to_tokens(self.norm(x))
+        to_q, to_k, to_v = self.to_qkv.weight.flatten(1).chunk(3)
+        q = F.linear(tokens, to_q).unflatten(2, (self.heads, -1)).softmax(dim=-1).flatten(2)
+        context = self._context(tokens, F.linear(tokens, to_k), to_v) * self.scale
+        onward = context @ project.weight.flatten(1).t().unflatten(0, (self.heads, -1))
+        mixed = torch.baddbmm(cast(Tensor, project.bias), q, onward.flatten(1, 2))
+        out: Tensor = norm(_to_picture(mixed, x))
         return out
+
+    def _context(self, tokens: Tensor, k: Tensor, to_v: Tensor) -> Tensor:
+        """`softmax(k)' v` over pixels and memories, (B, heads, D, D), from tokens (B, N, C) and k (B, N, heads D)."""
+        mem_k, mem_v = self.mem_kv
+        highest = torch.maximum(k.detach().amax(dim=1), mem_k.detach().flatten(0, 1).amax(dim=-1).to(k.dtype))
+        k = (k - highest[:, None]).exp()
+        mem_k = (mem_k - highest.unflatten(1, (self.heads, -1))[..., None]).exp()
+        total = k.sum(dim=1).unflatten(1, (self.heads, -1)) + mem_k.sum(dim=-1)
+        own = (k.transpose(1, 2) @ tokens).unflatten(1, (self.heads, -1))
+        values = own @ to_v.t().unflatten(1, (self.heads, -1)).transpose(0, 1)
+        return (values + mem_k @ mem_v.transpose(1, 2)) / total[..., None]
 
 
 class Attention(nn.Module):
@@ -167,16 +185,15 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape."""
-        q, k, v = _split_heads(self.to_qkv(self.norm(x)), self.heads)
-        memories = self.mem_kv.transpose(-1, -2)
-        k, v = _with_memories(memories[0], k), _with_memories(memories[1], v)
+        qkv = _to_tokens(self.to_qkv(self.norm(x))).unflatten(2, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D)
+        mem_k, mem_v = self.mem_kv.to(q.dtype)[:, None].expand(-1, len(x), -1, -1, -1)
+        k, v = torch.cat([mem_k, k], dim=2), torch.cat([mem_v, v], dim=2)
         if self.flash:
-            q, k, v = (part.transpose(-1, -2).contiguous() for part in (q, k, v))
-            mixed = F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(-1, -2)
+            mixed = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         else:
-            shares = ((q * self.scale).transpose(-1, -2) @ k).softmax(dim=-1)
-            mixed = v @ shares.transpose(-1, -2)
-        out: Tensor = self.to_out(mixed.reshape(len(x), -1, *x.shape[-2:]))
+            mixed = ((q * self.scale) @ k.transpose(2, 3)).softmax(dim=-1) @ v
+        out: Tensor = self.to_out(_to_picture(mixed.transpose(1, 2).flatten(2), x))
         return out
 
 
@@ -191,6 +208,25 @@ class Downsample(nn.Module):
         conv = cast(nn.Conv2d, self.get_submodule("1"))
         kernel = conv.weight.view(conv.out_channels, -1, 2, 2)
         return F.conv2d(x, kernel, conv.bias, stride=2)
+
+
+class Upsample(nn.Module):
+    """Double: every pixel repeated to a 2x2 square, then a 3x3 convolution; done as one transposed convolution.
+
+    Repeated pixels share their products: summing the 3x3 weights that fall on the same pixel leaves a 4x4 kernel of
+    stride 2, with 16 products for each pixel that comes in where the two steps have 36.
+    """
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__()
+        self.add_module("1", nn.Conv2d(dim_in, dim_out, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv = cast(nn.Conv2d, self.get_submodule("1"))
+        kernel = F.pad(conv.weight.transpose(0, 1).flip(2, 3), (1, 1, 1, 1))
+        kernel = kernel[:, :, 1:] + kernel[:, :, :-1]
+        kernel = kernel[..., 1:] + kernel[..., :-1]
+        return F.conv_transpose2d(x, kernel, conv.bias, stride=2, padding=1)
 
 
 @dataclass(frozen=True)
@@ -226,8 +262,7 @@ class _Parts:
         outer, inner = widths[level], widths[level + 1]
         blocks = [self.resnet(inner + outer, inner), self.resnet(inner + outer, inner)]
         attention = self.attention(inner, level, full=self.full[level])
-        conv = nn.Conv2d(inner, outer, 3, padding=1)
-        change = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), conv) if level else conv
+        change = Upsample(inner, outer) if level else nn.Conv2d(inner, outer, 3, padding=1)
         return nn.ModuleList([*blocks, attention, change])
 
 

@@ -1,30 +1,56 @@
 """Systems: what a stored config means, and how its parts are put together. One file each.
 
 >>> sorted(SYSTEMS)
-['ddpm']
+['clip', 'codec', 'ddpm', 'latent']
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from sfumato.checkpoints.formats import diffusers
 from sfumato.checkpoints.io import check_is_file, read_model
 from sfumato.errors import ModelFileError, raise_unknown
-from sfumato.systems.config import parse
+from sfumato.systems.clip import CLIP, CLIPConfig
+from sfumato.systems.codec import CodecConfig, CodecSystem
+from sfumato.systems.config import Strict, parse
 from sfumato.systems.ddpm import DDPM, DDPMConfig, config_from_diffusers
+from sfumato.systems.latent import Latent, LatentConfig
 
-SYSTEMS = {"ddpm": (DDPMConfig, DDPM)}
+System = DDPM | Latent | CodecSystem | CLIP
+"""What a model file can hold."""
+
+Drawing = DDPM | Latent
+"""What draws pictures."""
+
+SYSTEMS: dict[str, tuple[type[Strict], Any]] = {
+    "clip": (CLIPConfig, CLIP),
+    "codec": (CodecConfig, CodecSystem),
+    "ddpm": (DDPMConfig, DDPM),
+    "latent": (LatentConfig, Latent),
+}
 
 
 @dataclass(frozen=True)
 class Opened:
     """A model read from disk: the system, where it came from and the SHA-256 of its weights."""
 
-    system: DDPM
+    system: System
     path: Path
     sha256: str
+
+
+SystemT = TypeVar("SystemT", bound=System)
+
+
+def open_as(kind: type[SystemT], path: str | Path) -> SystemT:
+    """Open a model file that must hold a certain system. Raises `ModelFileError` naming what it holds instead."""
+    system = open_system(path).system
+    if not isinstance(system, kind):
+        raise ModelFileError(f"{path} holds a {system.kind} model, where a {kind.kind} model is needed")
+    return system
 
 
 def open_system(path: str | Path) -> Opened:

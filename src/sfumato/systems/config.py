@@ -14,10 +14,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from torch import nn
 
 from sfumato.diffusion import grid as grids
 from sfumato.diffusion import schedule as schedules
-from sfumato.diffusion.denoiser import Preconditioning, preconditioning
+from sfumato.diffusion.denoiser import Denoiser, Preconditioning, preconditioning
 from sfumato.diffusion.parameterization import Parameterization, parameterization
 from sfumato.diffusion.solvers import Solver, find
 from sfumato.errors import UserError, nearest
@@ -155,6 +156,31 @@ class PredictionConfig(Strict):
         fits = {"flow": "time_1000", "ve": "edm"}.get(schedule.name, "time")
         name = fits if self.preconditioning == "auto" else self.preconditioning
         return preconditioning(name, sigma_data=self.sigma_data)
+
+
+def build_denoiser(
+    network: Callable[[], nn.Module], schedule: ScheduleConfig, prediction: PredictionConfig, device: str
+) -> Denoiser:
+    """A denoiser around a new network, made on `device` ("meta" for none of its weights).
+
+    Raises:
+        UserError: when the config asks for what cannot be built.
+    """
+    try:
+        with torch.device(device):
+            built = network()
+        return Denoiser(
+            built,
+            schedule.build(),
+            prediction.build_parameterization(),
+            preconditioning=prediction.build_preconditioning(schedule),
+            learned_variance=prediction.learned_variance,
+            self_condition=prediction.self_condition,
+        )
+    except UserError:
+        raise
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError, AttributeError) as error:
+        raise UserError(f"the model's config cannot be built: {str(error).splitlines()[0]}") from None
 
 
 Options = dict[str, bool | int | float | str | tuple[int, ...]]

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError, field_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from sfumato.checkpoints.io import check_fit, component, load_strictly
 from sfumato.condition import Condition
@@ -25,7 +25,16 @@ from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.objective import Objective
 from sfumato.errors import UserError, raise_unknown
 from sfumato.networks.unet_2d import UNet2DConfig, UNet2DModel
-from sfumato.systems.config import PredictionConfig, SamplingConfig, ScheduleConfig, Strict, parse, sentence
+from sfumato.systems.asked import Asked
+from sfumato.systems.config import (
+    PredictionConfig,
+    SamplingConfig,
+    ScheduleConfig,
+    Strict,
+    build_denoiser,
+    parse,
+    sentence,
+)
 from sfumato.systems.scheduler_config import from_diffusers
 
 _DERIVED = ("sample_size", "in_channels", "out_channels", "num_class_embeds", "class_embed_type")
@@ -99,22 +108,8 @@ class DDPM:
     @classmethod
     def create(cls, config: DDPMConfig, device: str = "cpu") -> DDPM:
         """A new model with freshly initialised weights (from torch's global generator), or none on "meta"."""
-        try:
-            with torch.device(device):
-                network = UNet2DModel(config.unet())
-            denoiser = Denoiser(
-                network,
-                config.schedule.build(),
-                config.prediction.build_parameterization(),
-                preconditioning=config.prediction.build_preconditioning(config.schedule),
-                learned_variance=config.prediction.learned_variance,
-                self_condition=config.prediction.self_condition,
-            )
-        except UserError:
-            raise
-        except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
-            raise UserError(f"the model's config cannot be built: {str(error).splitlines()[0]}") from None
-        return cls(config, denoiser)
+        unet = lambda: UNet2DModel(config.unet())  # noqa: E731
+        return cls(config, build_denoiser(unet, config.schedule, config.prediction, device))
 
     @classmethod
     def load(cls, config: DDPMConfig, tensors: Mapping[str, Tensor], *, what: str) -> DDPM:
@@ -125,6 +120,10 @@ class DDPM:
         load_strictly(model.denoiser.network, own, what=what)
         model.denoiser.network.eval()
         return model
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Everything that has weights of its own, under the names of a file."""
+        return {"network": self.denoiser.network}
 
     def tensors(self) -> dict[str, Tensor]:
         """The weights under the names they are stored by."""
@@ -139,6 +138,23 @@ class DDPM:
     def null_label(self) -> int:
         """The id of the null class."""
         return len(self.config.labels)
+
+    def pictures(self, x: Tensor) -> Tensor:
+        """What was drawn is the pictures themselves."""
+        return x
+
+    def shape_of(self, width: int, height: int) -> tuple[int, int, int]:
+        """Its own shape, whatever is asked: this network draws one size."""
+        return self.shape
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """What a user may say to it: "label", or nothing."""
+        return frozenset({"label"} if self.config.labels else ())
+
+    def conditions(self, asked: Sequence[Asked]) -> tuple[Condition, Condition]:
+        """What the pictures are to be, and the null. Raises `UserError` for labels that it does not know."""
+        return self.condition([one.label for one in asked]), self.condition([None] * len(asked))
 
     def condition(self, labels: Sequence[str | int | None]) -> Condition:
         """The condition for one label per picture: a name, an id, or None for the null class.

@@ -456,6 +456,11 @@ def _bounds(fields: Fields) -> Fields:
     return {key: float(value) for key, value in given.items() if value is not None}
 
 
+def _clock(name: str, fields: Fields) -> Fields:
+    """Beta's ramp is always in ratios there; ours is only where these are few. Pure noise has no greatest one."""
+    return {"clock": "nsr"} if name == "beta_sigma" and not fields.get("rescale_betas_zero_snr") else {}
+
+
 def _times_grid(kind: Kind, fields: Fields) -> Fields:
     spaced = _spaced(fields, {"leading": "leading", "trailing": "trailing", "linspace": "linspace"})
     return spaced | {"end": "clean" if fields.get("set_alpha_to_one", True) else "first"}
@@ -471,7 +476,7 @@ def _ratios_grid(kind: Kind, fields: Fields) -> Fields:
         return spaced | end
     whole = {"round_t": True} if name == "karras" and kind.round_karras else {}
     within = None if spaced["name"] == "normal" else spaced
-    return {"name": name, "options": _bounds(fields) | whole, "within": within} | end
+    return {"name": name, "options": _bounds(fields) | _clock(name, fields) | whole, "within": within} | end
 
 
 def _dpm_grid(kind: Kind, fields: Fields) -> Fields:
@@ -483,7 +488,7 @@ def _dpm_grid(kind: Kind, fields: Fields) -> Fields:
         cut = "use_lu_lambdas" in fields and fields["beta_schedule"] == "squaredcos_cap_v2"
         whole: bool | str = True if rounded and not cut else "down"
         end = "clean" if final == "zero" else "last" if kind.repeats else "first"
-        return {"name": name, "options": _bounds(fields) | {"round_t": whole}, "end": end}
+        return {"name": name, "options": _bounds(fields) | _clock(name, fields) | {"round_t": whole}, "end": end}
     spaced = _spaced(fields, {"leading": "dpm_leading", "trailing": "trailing", "linspace": "dpm_linspace"})
     if (least := fields.get("lambda_min_clipped", -math.inf)) != -math.inf:
         if spaced["name"] == "trailing":

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ import yaml
 
 from sfumato.checkpoints.io import write_bytes
 from sfumato.errors import UserError
+from sfumato.systems import open_system
 from sfumato.training import state
 from sfumato.training.config import RESUMABLE_CHANGES
 from sfumato.training.data import PictureSet, check_all, open_data
@@ -75,6 +77,25 @@ def train(
         say(f"finished: {trainer.export()}")
     trainer.wait_for_all()
     return "finished"
+
+
+def rehearse(recipe: Recipe, *, device: torch.device | None = None, say: Callable[[str], None] = print) -> None:
+    """Do everything that a run does, once, in a folder that is removed again.
+
+    Every picture is opened; one step is trained, validated, sampled and saved; a second one resumes from that and
+    finishes the model, which is read back.
+
+    Raises:
+        UserError: for whatever would stop the run.
+    """
+    short = {"log_every": 1, "validate_every": 1, "sample_every": 1, "save_every": 1, "sample_steps": 2, "samples": 4}
+    settings = recipe.train.model_copy(update=short | {"validation_pictures": recipe.train.batch})
+    with tempfile.TemporaryDirectory(prefix="sfumato-check-") as folder:
+        for steps in (1, 2):
+            again = recipe.model_copy(update={"train": settings.model_copy(update={"steps": steps})})
+            train(again, Path(folder) / "run", device=device, say=say if steps == 1 else _say_nothing)
+        opened = open_system(Path(folder) / "run" / state.MODEL)
+    say(f"checked: pictures, a step, validation, samples, saving, resuming, and the {opened.system.kind} model's file")
 
 
 def dump(recipe: Recipe) -> str:

@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,7 +33,7 @@ from sfumato.diffusion.objective import Loss
 from sfumato.errors import ModelFileError, UserError
 from sfumato.random import derived_seed
 from sfumato.training import state as checkpoints
-from sfumato.training.config import TrainConfig
+from sfumato.training.config import OptimizerConfig, TrainConfig
 from sfumato.training.data import Batch, Batches, PictureSet
 from sfumato.training.ema import EMA
 from sfumato.training.report import Reporter, duration
@@ -42,7 +42,9 @@ LEVEL_EDGES = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
 """Borders, in half log SNR, of the eight noise levels by which losses are recorded; noisiest first."""
 
 _MAX_BAD_STEPS = 3
-_HISTORY = "history."  # what the names of importance sampling's tensors begin with, among the optimizer's
+# what the names of other tensors begin with, among the optimizer's: importance sampling's, the task's own, and the
+# opponent's weights and optimizer
+_HISTORY, _MEMORY, _OPPONENT = "history.", "memory.", ("adversary.", "adversary_optimizer.")
 
 
 class Task(Protocol):
@@ -53,12 +55,18 @@ class Task(Protocol):
         data, validation: the pictures.
 
     A task whose losses are drawn by importance also has `history`, a `LossHistory`: the trainer records the losses of
-    each step of all processes in it, and keeps it in the checkpoints.
+    each step of all processes in it, and keeps it in the checkpoints. One that trains a second network against the
+    first has `adversary`, an `Adversary`. One that must remember more than weights has `memory`, tensors by name, which
+    it changes in place: they travel in the checkpoints.
     """
 
     network: nn.Module
     data: PictureSet
     validation: PictureSet | None
+
+    def begin(self, step: int) -> None:
+        """Told the number of the step whose losses are asked for next; the number of all steps for a rehearsal."""
+        ...
 
     def wrap(self, prepare: Callable[[nn.Module], nn.Module]) -> None:
         """Call `prepare(network)` in place of the network from now on: a data parallel wrapper, or itself again."""
@@ -84,6 +92,30 @@ class Task(Protocol):
         """The config that travels in the model file."""
         ...
 
+    def finished(self, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and config of the finished model's file, from the final weights of `network` in float32."""
+        ...
+
+
+class Adversary(Protocol):
+    """A second network, trained against the first on the same pictures, after it, in every step.
+
+    Attributes:
+        network: the module that is trained, unwrapped.
+        optimizer: its settings; the learning rate is scaled as the first network's is.
+    """
+
+    network: nn.Module
+    optimizer: OptimizerConfig
+
+    def wrap(self, prepare: Callable[[nn.Module], nn.Module]) -> None:
+        """Call `prepare(network)` in place of the network from now on."""
+        ...
+
+    def loss(self) -> Tensor | None:
+        """Its loss on the micro-batch that the task has just measured; None where it rests."""
+        ...
+
 
 class TrainingFailed(RuntimeError):
     """The run cannot go on (losses that are not finite); its last checkpoint stands."""
@@ -97,6 +129,8 @@ class Tally:
         loss: sum over pictures of the losses that were taken. pictures: how many those are.
         seen: pictures that were looked at, in steps that were left out too. skipped: how many steps those are.
         level_sums, level_counts: losses and pictures of each noise level.
+        figures: sums over pictures of a task's other figures.
+        levelled: whether the task knows noise levels.
         since: when it began, moved on by time that was spent on anything but training.
     """
 
@@ -106,6 +140,8 @@ class Tally:
     skipped: int = 0
     level_sums: Tensor = field(default_factory=lambda: torch.zeros(len(LEVEL_EDGES) + 1, dtype=torch.float64))
     level_counts: Tensor = field(default_factory=lambda: torch.zeros(len(LEVEL_EDGES) + 1, dtype=torch.float64))
+    figures: dict[str, float] = field(default_factory=dict)
+    levelled: bool = True
     since: float = field(default_factory=time.perf_counter)
 
     def add(self, loss: Loss) -> None:
@@ -114,6 +150,11 @@ class Tally:
         self.loss += float(loss.value.detach()) * count
         self.pictures += count
         self.seen += count
+        for name, value in loss.figures.items():
+            self.figures[name] = self.figures.get(name, 0.0) + float(value) * count
+        if loss.level is None:
+            self.levelled = False
+            return
         bins = level_bin(loss.level.half_log_snr)
         self.level_sums.index_add_(0, bins, loss.per_picture.cpu().double())
         self.level_counts.index_add_(0, bins, torch.ones(count, dtype=torch.float64))
@@ -122,19 +163,28 @@ class Tally:
         """Count in what a whole step measured; a step whose loss is not finite adds to `seen` and `skipped` only."""
         self.seen += step.seen
         self.skipped += step.skipped
+        self.levelled = step.levelled
         if math.isfinite(step.loss):
             self.loss += step.loss
             self.pictures += step.pictures
             self.level_sums += step.level_sums
             self.level_counts += step.level_counts
+            for name, value in step.figures.items():
+                self.figures[name] = self.figures.get(name, 0.0) + value
 
     @property
     def mean(self) -> float | None:
         """Mean loss, None when nothing was counted or it is not finite."""
         return self.loss / self.pictures if self.pictures and math.isfinite(self.loss) else None
 
+    def mean_figures(self) -> dict[str, float]:
+        """Means of the task's other figures."""
+        return {name: round(value / self.pictures, 6) for name, value in self.figures.items()} if self.pictures else {}
+
     def by_level(self) -> list[float | None]:
-        """Mean loss of each noise level, None where nothing was drawn or it is not finite."""
+        """Mean loss of each noise level, None where nothing was drawn or it is not finite; empty if there are none."""
+        if not self.levelled:
+            return []
         pairs = zip(self.level_sums.tolist(), self.level_counts.tolist(), strict=True)
         return [round(s / n, 6) if n and math.isfinite(s) else None for s, n in pairs]
 
@@ -193,6 +243,9 @@ class Trainer:
             task.wrap(self._prepare)  # which gives all processes the weights of the main one
         self.ema = EMA(task.network, config.ema.decay, config.ema.warmup)
         self.history: LossHistory | None = getattr(task, "history", None)
+        self.memory: Mapping[str, Tensor] = getattr(task, "memory", {})
+        adversary: Adversary | None = getattr(task, "adversary", None)
+        self.opponent = Opponent(adversary, self.device, layout, self.accelerator) if adversary is not None else None
 
     def _prepare(self, network: nn.Module) -> nn.Module:
         """Wrap the network for data parallel training, remembering the wrapper."""
@@ -201,10 +254,7 @@ class Trainer:
         return wrapped
 
     def _optimizer(self) -> torch.optim.AdamW:
-        o = self.config.optimizer
-        return torch.optim.AdamW(
-            self.task.network.parameters(), o.lr, o.betas, o.eps, o.weight_decay, fused=True
-        )
+        return adamw(self.task.network, self.config.optimizer)
 
     def resume(self, folder: Path) -> None:
         """Take over weights, averages, optimizer state and step of a checkpoint.
@@ -226,10 +276,13 @@ class Trainer:
             )
         load_strictly(self.task.network, self.task.weights(dict(kept.tensors)), what=str(folder))
         self.ema.load(self.task.weights(dict(kept.average)), kept.state["ema_updates"])
-        history = {n.removeprefix(_HISTORY): t for n, t in kept.optimizer.items() if n.startswith(_HISTORY)}
-        own = {n: t for n, t in kept.optimizer.items() if not n.startswith(_HISTORY)}
+        others = {prefix: _under(prefix, kept.optimizer) for prefix in (_HISTORY, _MEMORY, *_OPPONENT)}
+        own = {n: t for n, t in kept.optimizer.items() if not n.startswith(tuple(others))}
         checkpoints.restore_optimizer(self.optimizer, own)
-        self._restore_history(history, folder)
+        self._restore_history(others[_HISTORY], folder)
+        self._restore_memory(others[_MEMORY], folder)
+        if self.opponent is not None:
+            self.opponent.restore(others[_OPPONENT[0]], others[_OPPONENT[1]], folder)
         if self.config.precision == "fp16" and kept.state.get("scaler"):
             self.scaler.load_state_dict(kept.state["scaler"])
         self.step = kept.state["step"]
@@ -244,6 +297,13 @@ class Trainer:
             self.history.restore(tensors)
         except ValueError as error:
             raise ModelFileError(f"{folder} does not fit this run's importance sampling: {error}") from None
+
+    def _restore_memory(self, tensors: dict[str, Tensor], folder: Path) -> None:
+        """Take over what the task remembers; names and shapes must agree."""
+        if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in self.memory.items()}:
+            raise ModelFileError(f"{folder} remembers other things than this run does; it belongs to another recipe")
+        for name, tensor in self.memory.items():
+            tensor.copy_(tensors[name])
 
     @cached_property
     def _data_sum(self) -> str:
@@ -260,11 +320,20 @@ class Trainer:
         """
         batches = self._batches()
         times = []
+        changing = list(self.memory.values())
+        if self.opponent is not None:
+            changing += self.opponent.adversary.network.buffers()
+        before = [tensor.clone() for tensor in changing]
+        self.task.begin(self.config.steps)
         for micro in range(2):
             began = time.perf_counter()
             self._backward(batches.batch(micro), micro)
             times.append(time.perf_counter() - began)
         self.optimizer.zero_grad(set_to_none=True)
+        if self.opponent is not None:
+            self.opponent.optimizer.zero_grad(set_to_none=True)
+        for tensor, value in zip(changing, before, strict=True):
+            tensor.copy_(value)
         steps = self.config.steps - self.step
         optimizer_state = 2 * sum(p.numel() * p.element_size() for p in self.task.network.parameters())
         peak = _peak_memory(self.device)
@@ -333,6 +402,7 @@ class Trainer:
         config, parameters, this = self.config, list(self.task.network.parameters()), Tally()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
+        self.task.begin(self.step)
         indices, drawn = [], []
         for micro in range(config.accumulate):
             batch = next(stream)
@@ -347,6 +417,8 @@ class Trainer:
         if math.isfinite(norm) and not bad_loss:
             self.scaler.step(self.optimizer)
             self.ema.update()
+            if self.opponent is not None:
+                self.opponent.step(self.scaler, self.learning_rate(self.step) / config.optimizer.lr)
             self._remember(drawn)
             self.bad_steps = 0
         else:
@@ -357,6 +429,8 @@ class Trainer:
         tally.take(this)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.opponent is not None:
+            self.opponent.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return norm
 
@@ -377,6 +451,11 @@ class Trainer:
             with self._autocast():
                 loss = self.task.loss(batch, generator, self.device)
             torch.autograd.backward(self.scaler.scale(loss.value / config.accumulate))
+        if self.opponent is not None:
+            with self.opponent.alone(add_up), self._autocast():
+                against = self.opponent.adversary.loss()
+            if against is not None:
+                torch.autograd.backward(self.scaler.scale(against / config.accumulate))
         return loss
 
     def _remember(self, drawn: list[tuple[Tensor | None, Tensor | None]]) -> None:
@@ -438,7 +517,8 @@ class Trainer:
                 batch = self.task.validation.gather(range(start, min(start + size, count)))
                 with self._autocast():
                     tally.add(self.task.loss(batch, generator, self.device))
-        return {"validation_loss": tally.mean, "validation_by_level": tally.by_level()}
+        figures = {f"validation_{name}": value for name, value in tally.mean_figures().items()}
+        return {"validation_loss": tally.mean, "validation_by_level": tally.by_level(), **figures}
 
     def _sample_sheet(self) -> None:
         with self._averaged():
@@ -467,26 +547,31 @@ class Trainer:
             checkpoints.Checkpoint(
                 self.task.tensors(raw),
                 self.task.tensors(average),
-                checkpoints.optimizer_tensors(self.optimizer) | self._history_tensors(),
+                checkpoints.optimizer_tensors(self.optimizer) | self._other_tensors(),
                 state,
                 self.task.model_config(),
             ),
             self.config.keep,
         )
 
-    def _history_tensors(self) -> dict[str, Tensor]:
-        """What importance sampling remembers, under the names of a checkpoint."""
-        if self.history is None:
-            return {}
-        return {f"{_HISTORY}{name}": tensor for name, tensor in self.history.tensors().items()}
+    def _other_tensors(self) -> dict[str, Tensor]:
+        """What is kept beside the optimizer's own tensors: losses by importance, the task's memory, the opponent."""
+        tensors: dict[str, Tensor] = {f"{_MEMORY}{name}": tensor for name, tensor in self.memory.items()}
+        if self.history is not None:
+            tensors |= {f"{_HISTORY}{name}": tensor for name, tensor in self.history.tensors().items()}
+        if self.opponent is not None:
+            for prefix, own in zip(_OPPONENT, self.opponent.tensors(), strict=True):
+                tensors |= {f"{prefix}{name}": tensor for name, tensor in own.items()}
+        return tensors
 
     def export(self) -> Path:
         """Write the averaged weights as the run's finished model, `model.safetensors`."""
         dtype = getattr(torch, self.config.export)
-        weights = dict(self.task.network.state_dict()) | self.ema.averages
-        cast = {n: t.to(dtype) if t.is_floating_point() else t for n, t in weights.items()}
+        weights = {n: t.cpu() for n, t in (dict(self.task.network.state_dict()) | self.ema.averages).items()}
+        tensors, config = self.task.finished(weights)
+        cast = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
         path = self.run / checkpoints.MODEL
-        write_model(path, self.task.tensors(cast), self.task.model_config())
+        write_model(path, cast, config)
         return path
 
     def _record(self, tally: Tally, grad_norm: float, batches: Batches) -> dict[str, Any]:
@@ -499,6 +584,7 @@ class Trainer:
             "step": self.step,
             "loss": tally.mean,
             "loss_by_level": tally.by_level(),
+            **tally.mean_figures(),
             "lr": self.learning_rate(self.step - 1),
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "skipped": tally.skipped,
@@ -511,11 +597,13 @@ class Trainer:
         """Put the sums over all processes into a tally."""
         if self.accelerator is None:
             return
-        own = torch.tensor([tally.loss, tally.pictures], dtype=torch.float64)
+        names = sorted(tally.figures)
+        own = torch.tensor([tally.loss, tally.pictures, *(tally.figures[n] for n in names)], dtype=torch.float64)
         sums = torch.cat([own, tally.level_sums, tally.level_counts]).to(self.device)
         total = self.accelerator.reduce(sums, "sum").cpu()
         tally.loss, tally.pictures = float(total[0]), int(total[1])
-        tally.level_sums, tally.level_counts = total[2:].chunk(2)
+        tally.figures = dict(zip(names, total[2 : len(own)].tolist(), strict=True))
+        tally.level_sums, tally.level_counts = total[len(own) :].chunk(2)
 
     def _batches(self) -> Batches:
         config = self.config
@@ -565,6 +653,60 @@ class Trainer:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
+
+
+class Opponent:
+    """The trainer's side of an `Adversary`: its optimizer, its wrapper, its place in a checkpoint."""
+
+    def __init__(
+        self, adversary: Adversary, device: torch.device, layout: torch.memory_format, accelerator: Any
+    ) -> None:
+        self.adversary, self.accelerator = adversary, accelerator
+        adversary.network.to(device).to(memory_format=layout)  # type: ignore[call-overload]
+        self.optimizer = adamw(adversary.network, adversary.optimizer)
+        self._wrapped: nn.Module | None = None
+        if accelerator:
+            adversary.wrap(self._prepare)
+
+    def _prepare(self, network: nn.Module) -> nn.Module:
+        wrapped: nn.Module = self.accelerator.prepare(network)
+        self._wrapped = wrapped
+        return wrapped
+
+    def alone(self, add_up: bool) -> AbstractContextManager[Any]:
+        """Where the gradients of all processes are averaged later, not now."""
+        return self.accelerator.no_sync(self._wrapped) if self.accelerator and not add_up else nullcontext()
+
+    def step(self, scaler: torch.amp.GradScaler, share: float) -> None:
+        """Update at `share` of the peak learning rate, where there is a gradient and it is finite."""
+        parameters = [p for p in self.adversary.network.parameters() if p.grad is not None]
+        if not parameters:
+            return
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.adversary.optimizer.lr * share
+        scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(parameters, self.adversary.optimizer.clip_norm or float("inf"))
+        if bool(norm.isfinite()):
+            scaler.step(self.optimizer)
+
+    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Weights, and the optimizer's tensors."""
+        return dict(self.adversary.network.state_dict()), checkpoints.optimizer_tensors(self.optimizer)
+
+    def restore(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor], folder: Path) -> None:
+        """Take over what `tensors` gave. Raises `ModelFileError` for another network's."""
+        load_strictly(self.adversary.network, weights, what=f"the adversary in {folder}")
+        checkpoints.restore_optimizer(self.optimizer, optimizer)
+
+
+def adamw(network: nn.Module, o: OptimizerConfig) -> torch.optim.AdamW:
+    """The optimizer of a network."""
+    return torch.optim.AdamW(network.parameters(), o.lr, o.betas, o.eps, o.weight_decay, fused=True)
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def default_device() -> torch.device:

@@ -187,7 +187,8 @@ class Group:
     Attributes:
         plan: the order of each step of the run; 1 begins a group.
         done: steps made.
-        start: the level where the group began, None before the first and where that was pure noise or clean.
+        start: the level where the group began, None before the first and where that was clean or noise (nearly, for
+            eps).
         x: (B, *S), the state there.
         values: the group's evaluations, oldest first.
     """
@@ -246,7 +247,8 @@ class DPMSingle:
         here = Span(self.kind, now, nxt)
         value = here.value(prediction)
         if order == 1 or state.start is None or state.x is None:
-            begun = None if now.is_noise or now.is_clean else now
+            from_noise = now.is_nearly_noise if self.kind == "noise" else now.is_noise
+            begun = None if from_noise or now.is_clean else now
             group = Group(state.plan, state.done + 1, begun, x, ((here.clock, value),))
             return here.first_order(x, prediction), nxt, group, prediction
         values = (*state.values, (here.clock, value))

@@ -70,7 +70,8 @@ class DPM2Ancestral:
     """DPM2 down to `sigma_down`, then noise of standard deviation `sigma_up` (`posterior.ancestral`). Reads `eps`.
 
     k-diffusion's `sample_dpm_2_ancestral`: the inner level lies at `nsr_s = sqrt(nsr nsr_down)`, which for eta = 1 is
-    that of the next level. A step that leaves pure noise or arrives clean is Euler ancestral's (`x0` and `eps`).
+    that of the next level. A step that leaves nearly pure noise or arrives clean is Euler
+    ancestral's (`x0` and `eps`).
 
     Attributes:
         eta: >= 0, share of the posterior's standard deviation that is injected.
@@ -97,7 +98,7 @@ class DPM2Ancestral:
             return first_order(prediction, nxt), nxt, state, prediction
         down, own = ancestral(now, nxt, self.eta)
         std = self.noise * expand(spread(self.variance, own, prediction.var_frac, now, nxt), x)
-        if down.is_clean or now.is_noise:
+        if down.is_clean or now.is_nearly_noise:
             return first_order(prediction, down) + std * noise.draw(), nxt, state, prediction
         middle = state.from_nsr(torch.sqrt(now.nsr * down.nsr))
         second = ask(first_order(prediction, middle), middle).shifted(middle)

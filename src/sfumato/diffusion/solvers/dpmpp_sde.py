@@ -11,7 +11,7 @@ the interval of log nsr that it covers (`NoiseSource.between`), so that it is th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -22,6 +22,7 @@ from sfumato.diffusion.level import NoiseLevel, expand, mix
 from sfumato.diffusion.posterior import ancestral
 from sfumato.diffusion.schedule import Schedule
 from sfumato.diffusion.solvers.base import Ask, first_order, toward
+from sfumato.diffusion.solvers.multistep import Past, Run
 from sfumato.diffusion.solvers.registry import method
 from sfumato.errors import UserError, raise_unknown
 from sfumato.random import NoiseSource
@@ -111,41 +112,25 @@ class DPMppSDE:
         return x + self.noise * expand(torch.sqrt(variance), x) * increment(self.increments, noise, now, nxt)
 
 
-@dataclass(frozen=True)
-class Past:
-    """What a multistep method remembers: how many steps there are and are left, and its last estimates, newest first,
-    each with the level where it was made."""
-
-    steps: int
-    left: int
-    seen: tuple[tuple[NoiseLevel, Tensor], ...] = ()
-
-    def then(self, now: NoiseLevel, estimate: Tensor, keep: int) -> Past:
-        """After a step from `now`; an estimate at pure noise is no support for later ones and is forgotten."""
-        seen = () if now.is_noise else ((now, estimate), *self.seen)[:keep]
-        return replace(self, left=self.left - 1, seen=seen)
-
-
 def gap(now: NoiseLevel, nxt: NoiseLevel) -> Tensor:
     """`h = lambda' - lambda`, float64 of the levels' shape; positive towards clean."""
     return nxt.half_log_snr - now.half_log_snr
 
 
-def differences(m0: Tensor, now: NoiseLevel, h: Tensor, past: Past, points: int) -> tuple[Tensor, ...]:
+def differences(m0: Tensor, now: NoiseLevel, h: Tensor, past: Sequence[Past]) -> tuple[Tensor, ...]:
     """First, and with three points second, divided differences of an estimate in units of the step h to come.
 
     `D1_0 = (h / h0)(m0 - m1)`; with a third, `D1 = D1_0 + r0/(r0 + r1) (D1_0 - D1_1)` and
-    `D2 = (D1_0 - D1_1)/(r0 + r1)`, `r_i = h_i / h` (Lu 2022b). As many as there are estimates for, at most points - 1.
+    `D2 = (D1_0 - D1_1)/(r0 + r1)`, `r_i = h_i / h` (Lu 2022b). As many as there are past estimates.
     """
-    known = past.seen[: points - 1]
-    if not known:
+    if not past:
         return ()
-    (level1, m1), r0 = known[0], gap(known[0][0], now) / h
+    (lambda1, m1), r0 = past[0], (now.half_log_snr - past[0][0]) / h
     first = expand(1 / r0, m0) * (m0 - m1)
-    if len(known) == 1:
+    if len(past) == 1:
         return (first,)
-    level2, m2 = known[1]
-    r1 = gap(level2, level1) / h
+    lambda2, m2 = past[1]
+    r1 = torch.as_tensor((lambda1 - lambda2) / h)
     curve = first - expand(1 / r1, m0) * (m1 - m2)
     return first + expand(r0 / (r0 + r1), m0) * curve, expand(1 / (r0 + r1), m0) * curve
 
@@ -186,14 +171,14 @@ class DPMppMultistepSDE:
         if self.points not in (1, 2, 3):
             raise UserError(f"points must be 1, 2 or 3, got {self.points}")
 
-    def init(self, schedule: Schedule, grid: Sequence[NoiseLevel]) -> Past:
-        return Past(len(grid) - 1, len(grid) - 1)
+    def init(self, schedule: Schedule, grid: Sequence[NoiseLevel]) -> Run:
+        return Run.along(schedule, grid)
 
     def step(
-        self, ask: Ask, x: Tensor, now: NoiseLevel, nxt: NoiseLevel, state: Past, noise: NoiseSource
-    ) -> tuple[Tensor, NoiseLevel, Past, Prediction]:
+        self, ask: Ask, x: Tensor, now: NoiseLevel, nxt: NoiseLevel, state: Run, noise: NoiseSource
+    ) -> tuple[Tensor, NoiseLevel, Run, Prediction]:
         prediction = ask(x, now).shifted(now)
-        x0, after = prediction.x0, state.then(now, prediction.x0, 2)
+        x0, after = prediction.x0, state.after(now, now.half_log_snr, prediction.x0, 2)
         if nxt.is_clean:
             return toward(x, x0, now, nxt), nxt, after, prediction
         points = min(self.points, state.left) if self.lower_order_final and state.steps < 15 else self.points
@@ -202,7 +187,7 @@ class DPMppMultistepSDE:
         taken = -torch.expm1(-total)
         kept = nxt.sigma / now.sigma * (torch.exp(-self.eta * h) if self.eta else 1)
         end = mix(kept, x, nxt.alpha * taken, x0)
-        terms = differences(x0, now, h, state, points)
+        terms = differences(x0, now, h, state.past[: points - 1])
         if len(terms) == 1 and self.kind == "midpoint":
             end = end + expand(nxt.alpha * taken / 2, x) * terms[0]
         elif terms:
@@ -223,8 +208,8 @@ class SDEDPMSolver:
 
     `x' = (a'/a) x - (1 + eta) s' (e^h - 1) eps + (…) + s' sqrt(eta (e^(2h) - 1)) z` (Lu 2022b, appendix), where the
     correction is `-(1 + eta) s' (e^h - 1)/2 D1` ("midpoint") or `-(1 + eta) s' ((e^h - 1)/h - 1) D1` ("heun"). A step
-    that leaves pure noise or arrives clean is the first-order one from `x0` and `eps`, the former with all its noise
-    renewed. Ignores a learned variance.
+    that leaves nearly pure noise or arrives clean is the first-order one from `x0` and `eps`, the former with all its
+    noise renewed. Ignores a learned variance.
 
     Attributes:
         points: how many estimates are combined, 1 or 2.
@@ -248,23 +233,23 @@ class SDEDPMSolver:
         if self.points not in (1, 2):
             raise UserError(f"points must be 1 or 2, got {self.points}")
 
-    def init(self, schedule: Schedule, grid: Sequence[NoiseLevel]) -> Past:
-        return Past(len(grid) - 1, len(grid) - 1)
+    def init(self, schedule: Schedule, grid: Sequence[NoiseLevel]) -> Run:
+        return Run.along(schedule, grid)
 
     def step(
-        self, ask: Ask, x: Tensor, now: NoiseLevel, nxt: NoiseLevel, state: Past, noise: NoiseSource
-    ) -> tuple[Tensor, NoiseLevel, Past, Prediction]:
+        self, ask: Ask, x: Tensor, now: NoiseLevel, nxt: NoiseLevel, state: Run, noise: NoiseSource
+    ) -> tuple[Tensor, NoiseLevel, Run, Prediction]:
         prediction = ask(x, now).shifted(now)
-        eps, after = prediction.eps, state.then(now, prediction.eps, 1)
+        eps, after = prediction.eps, state.after(now, now.half_log_snr, prediction.eps, 1)
         if nxt.is_clean:
             return first_order(prediction, nxt), nxt, after, prediction
-        if now.is_noise:
+        if now.is_nearly_noise:
             down, variance = ancestral(now, nxt, self.eta)
             end, std = first_order(prediction, down), torch.sqrt(variance)
         else:
             points = min(self.points, state.left) if self.lower_order_final and state.steps < 15 else self.points
             h = gap(now, nxt)
-            for d1 in differences(eps, now, h, state, points):
+            for d1 in differences(eps, now, h, state.past[: points - 1]):
                 weight = torch.full_like(h, 0.5) if self.kind == "midpoint" else 1 / h - 1 / torch.expm1(h)
                 eps = eps + expand(weight, eps) * d1
             drift = (1 + self.eta) * (nxt.alpha / now.alpha * now.sigma - nxt.sigma)

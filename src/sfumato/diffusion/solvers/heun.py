@@ -26,7 +26,7 @@ from sfumato.random import NoiseSource
 class Heun:
     """Euler to the next level, then the trapezoid of both slopes (Karras 2022, alg. 1-2). Reads `eps`.
 
-    Two evaluations a step, one in a step that leaves pure noise or arrives clean (`x0` and `eps` there).
+    Two evaluations a step, one in a step that leaves nearly pure noise or arrives clean (`x0` and `eps` there).
 
     Attributes:
         churn: EDM's stochasticity, off by default.
@@ -44,7 +44,7 @@ class Heun:
         x, now = self.churn.apply(x, now, state, noise)
         prediction = ask(x, now).shifted(now)
         guess = first_order(prediction, nxt)
-        if nxt.is_clean or now.is_noise:
+        if nxt.is_clean or now.is_nearly_noise:
             return guess, nxt, state, prediction
         second = ask(guess, nxt).shifted(nxt)
         return along(x, torch.lerp(prediction.eps, second.eps, 0.5), now, nxt), nxt, state, second

@@ -153,7 +153,8 @@ class PLMS:
     """Pseudo linear multistep: the last slopes with the weights of equal steps, `(55 e1 - 59 e2 + 37 e3 - 9 e4) / 24`.
 
     The step along the combined slope is exact for a constant one (Liu 2022, "PNDM", eq. 9 and 12). Reads `eps`. On a
-    grid even in nsr four slopes are of fourth order; on any other smooth grid the constant weights are of second.
+    grid even in nsr four slopes are of fourth order; on any other smooth grid the constant weights are of second. A
+    step that leaves nearly pure noise is first order, and its slope is forgotten.
 
     Attributes:
         start: of the first step. "heun": the mean of the slopes at both ends, of which only the first is kept, two
@@ -180,8 +181,9 @@ class PLMS:
         self, ask: Ask, x: Tensor, now: NoiseLevel, nxt: NoiseLevel, state: Run, noise: NoiseSource
     ) -> tuple[Tensor, NoiseLevel, Run, Prediction]:
         prediction = ask(x, now).shifted(now)
-        after = state.after(now, _nsr(now), prediction.eps, self.depth - 1)
-        if now.is_noise or (self.denoise_last and nxt.is_clean):
+        begins = now.is_nearly_noise
+        after = state.after(now, _nsr(now), prediction.eps, 0 if begins else self.depth - 1)
+        if begins or (self.denoise_last and nxt.is_clean):
             return first_order(prediction, nxt), nxt, after, prediction
         slopes, shown = [prediction.eps, *(old for _, old in state.past)], prediction
         if self.start == "prk" and state.done < 3 and not nxt.is_clean:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sfumato.diffusion import grid as grids
+from sfumato.diffusion.names import Names
 from sfumato.diffusion.restart import restart_karras
 from sfumato.diffusion.solvers.base import Solver
 from sfumato.errors import UserError, nearest
@@ -59,7 +60,15 @@ class Method:
 grids.spacing("restart", "Restart")(restart_karras)
 
 SOLVERS: dict[str, Method] = {}
-_BY_ALIAS: dict[str, str] = {}
+
+
+def fold(name: str) -> str:
+    """How names are compared: as grids' are, and k-diffusion's `sample_` goes."""
+    folded = grids.fold(name)
+    return folded.removeprefix("sample") or folded
+
+
+_NAMES = Names("sampler", fold)
 
 
 def method(
@@ -78,18 +87,10 @@ def method(
 
     def register(cls: SolverClass) -> SolverClass:
         SOLVERS[name] = Method(name, title, aliases, cls, options, evaluations, stochastic, schedule)
-        for alias in {fold(alias) for alias in (name, title, *aliases)}:
-            if _BY_ALIAS.setdefault(alias, name) != name:
-                raise ValueError(f"sampler name {alias!r} belongs to {_BY_ALIAS[alias]!r} already")
+        _NAMES.add(name, title, *aliases)
         return cls
 
     return register
-
-
-def fold(name: str) -> str:
-    """How names are compared: as grids' are, and k-diffusion's `sample_` goes."""
-    folded = grids.fold(name)
-    return folded.removeprefix("sample") or folded
 
 
 def find(name: str) -> tuple[Method, str | None]:
@@ -118,10 +119,8 @@ def _named(stem: str) -> Method | None:
     """The method of a folded name that has no grid in it; diffusers' ending may lack, k-diffusion's prefix and `_gpu`
     may be added."""
     added = (stem.removesuffix("scheduler"), stem.removeprefix("k"), stem.removesuffix("gpu"))
-    for candidate in (stem, f"{stem}scheduler", *added):
-        if candidate in _BY_ALIAS:
-            return SOLVERS[_BY_ALIAS[candidate]]
-    return None
+    found = _NAMES.find(stem, f"{stem}scheduler", *added)
+    return None if found is None else SOLVERS[found]
 
 
 def _about_cfgpp(plain: Method | None) -> str:

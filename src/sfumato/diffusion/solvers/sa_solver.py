@@ -102,7 +102,7 @@ class SASolver:
         if state.taken is not None:
             was = state.taken
             x = x + (adams(was.x, was.now, now, seen[: was.order], was.tau, was.z) - was.end)
-        z = noise.draw()
+        z = noise.draw() if self.tau else torch.zeros_like(x)
         if nxt.is_clean:
             return toward(x, prediction.x0, now, nxt), nxt, state, prediction
         tau = self.tau if state.span[0] <= float(now.t) <= state.span[1] else 0.0

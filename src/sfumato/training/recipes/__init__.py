@@ -15,11 +15,19 @@ import yaml
 
 from sfumato.errors import UserError, nearest, raise_unknown
 from sfumato.systems.config import parse
+from sfumato.training.recipes.autoencoder import AutoencoderRecipe
+from sfumato.training.recipes.clip import CLIPRecipe
 from sfumato.training.recipes.ddpm import DDPMRecipe
+from sfumato.training.recipes.latent import LatentRecipe
 
-Recipe = DDPMRecipe
+Recipe = DDPMRecipe | AutoencoderRecipe | LatentRecipe | CLIPRecipe
 
-METHODS: dict[str, type[Recipe]] = {"ddpm": DDPMRecipe}
+METHODS: dict[str, type[DDPMRecipe] | type[AutoencoderRecipe] | type[LatentRecipe] | type[CLIPRecipe]] = {
+    "autoencoder": AutoencoderRecipe,
+    "clip": CLIPRecipe,
+    "ddpm": DDPMRecipe,
+    "latent": LatentRecipe,
+}
 
 _MAX_YAML = 2**20
 _MAX_DEPTH = 30
@@ -52,8 +60,12 @@ def source(name_or_file: str) -> tuple[str, str]:
     return name_or_file, (resources.files(__name__) / f"{name_or_file}.yaml").read_text(encoding="utf-8")
 
 
-def load(name_or_file: str, overrides: Sequence[str] = (), data: str | None = None) -> Recipe:
-    """A recipe with `key=value` overrides (dotted keys, YAML values) and the data path put in.
+def load(
+    name_or_file: str, overrides: Sequence[str] = (), data: str | None = None, codec: str | None = None
+) -> Recipe:
+    """A recipe with `key=value` overrides (dotted keys, YAML values) and the paths of data and codec put in.
+
+    A codec that is a run also says which data to take, and how, where nothing else does.
 
     Raises:
         UserError: YAML that cannot be read (with its line), an unknown key (nearest named), a value out of range.
@@ -64,6 +76,9 @@ def load(name_or_file: str, overrides: Sequence[str] = (), data: str | None = No
         _override(values, override)
     if data is not None:
         _override_value(values, "data.path", data)
+    if codec is not None:
+        _override_value(values, "codec", codec)
+    _take_data_of_codec(values)
     method = values.get("recipe")
     if not isinstance(method, str) or method not in METHODS:
         hint = nearest(str(method), METHODS)
@@ -76,6 +91,17 @@ def load(name_or_file: str, overrides: Sequence[str] = (), data: str | None = No
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return recipe
+
+
+def _take_data_of_codec(values: dict[str, Any]) -> None:
+    """Put what the codec's run says of its data before what the recipe says."""
+    codec, own = values.get("codec"), values.get("data", {})
+    config = Path(codec) / "config.yaml" if isinstance(codec, str) else None
+    if config is None or not config.is_file() or not isinstance(own, dict):
+        return
+    learnt = read_yaml(source(str(config))[1], str(config)).get("data", {})
+    if isinstance(learnt, dict):
+        values["data"] = {key: value for key, value in learnt.items() if key != "cache_bytes"} | own
 
 
 def read_yaml(text: str, where: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sfumato.diffusion.objective import Loss
 from sfumato.images import sheet, to_pil
 from sfumato.networks.unet_2d import UNet2DModel, init_zero_outputs
+from sfumato.systems.asked import Asked
 from sfumato.systems.config import PredictionConfig, SamplingConfig, ScheduleConfig, Strict, parse
 from sfumato.systems.ddpm import DDPM, DDPMConfig, objective_from
 from sfumato.tasks.draw import draw
@@ -93,6 +94,9 @@ class DDPMTask:
     def wrap(self, prepare: Callable[[nn.Module], nn.Module]) -> None:
         self.model.denoiser.network = prepare(self.network)
 
+    def begin(self, step: int) -> None:
+        """Nothing here depends on the step."""
+
     def loss(self, batch: Batch, generator: torch.Generator, device: torch.device) -> Loss:
         x0 = batch.to_float().to(device)
         labels: list[int | None] = [None] * len(x0)
@@ -106,7 +110,8 @@ class DDPMTask:
     def draw(self, count: int, steps: int) -> Image.Image:
         names = self.model.config.labels
         labels = [names[i % len(names)] for i in range(count)] if names else None
-        pictures = draw(self.model, seeds=range(count), labels=labels, steps=steps)
+        asked = [Asked(label=label) for label in labels] if labels else None
+        pictures = draw(self.model, seeds=range(count), asked=asked, steps=steps)
         return sheet(to_pil(pictures.cpu()), labels=labels, scale=max(1, 96 // self.recipe.data.size))
 
     def tensors(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -117,3 +122,6 @@ class DDPMTask:
 
     def model_config(self) -> dict[str, Any]:
         return self.model.config.model_dump(mode="json")
+
+    def finished(self, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return self.tensors(dict(weights)), self.model_config()
