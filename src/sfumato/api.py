@@ -120,6 +120,8 @@ class Model:
         if count < 1:
             raise UserError(f"count must be at least 1, got {count}")
         prompts: list[str | None] = [prompt] if prompt is None or isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise UserError("the list of prompts is empty")
         asked = self._asked([text for text in prompts for _ in range(count)], negative, label)
         self._refuse_what_does_not_apply(asked[0], width, height)
         first = secrets.randbelow(2**32) if seed is None else seed
@@ -224,6 +226,9 @@ class Model:
         scale = guidance.scale if guidance.scale is not None else (defaults.guidance if led else 1.0)
         if asked.negative is not None and scale == 1:
             raise UserError("a negative prompt works through guidance, which is off (1); give --guidance above 1")
+        if scale == 1 and (guidance.rescale or guidance.interval is not None):
+            what = "rescaling" if guidance.rescale else "interval"
+            raise UserError(f"the {what} of guidance does nothing where guidance is off (1); give --guidance above 1")
         settings = {
             "model": self.name,
             "model_hash": self.sha256,

@@ -127,8 +127,13 @@ def _compare(axes: Axes, level: NoiseLevel, x0: Tensor, chain: Tensor, jump: Ten
     axes.tick_params(labelsize=6)
 
 
-def reverse(model: Model, seed: int = 0, label: str | None = None, steps: int | None = None) -> Figure:
-    """The reverse process of a model: the state `x_t` on its way from noise, and the clean picture it expects there."""
+def reverse(
+    model: Model, seed: int = 0, label: str | None = None, steps: int | None = None, prompt: str | None = None
+) -> Figure:
+    """The reverse process of a model: the state `x_t` on its way from noise, and the clean picture it expects there.
+
+    Of a latent model both are shown as its codec decodes them.
+    """
     states: list[tuple[NoiseLevel, Tensor]] = []
     estimates: list[Tensor] = []
 
@@ -138,20 +143,27 @@ def reverse(model: Model, seed: int = 0, label: str | None = None, steps: int | 
             estimates.append(prediction.x0[0].cpu())
         return x
 
-    picture = model.generate(seed=seed, label=label, steps=steps, on_step=record)[0]
+    picture = model.generate(prompt, seed=seed, label=label, steps=steps, on_step=record)[0]
     settings = picture.info["sfumato"]
+    device = next(model.denoiser.network.parameters()).device
+
+    def decoded(x: Tensor) -> Tensor:
+        return model.system.pictures(x[None].to(device))[0].cpu()
+
     chosen = torch.linspace(0, len(estimates) - 1, min(_COLUMNS, len(estimates))).round().long().tolist()
     figure, rows = _figure(2, len(chosen) + 1, 1.35 * (len(chosen) + 1), 3.2)
     for column, index in enumerate(chosen):
         level, state = states[index]
         spread = float(torch.sqrt(level.alpha**2 + level.sigma**2))
-        _show(rows[0][column], state / max(1.0, spread), f"t = {float(level.t):.0f}")
-        _show(rows[1][column], estimates[index])
-    _show(rows[0][-1], states[-1][1], "result")
+        _show(rows[0][column], decoded(state / max(1.0, spread)), f"t = {float(level.t):.0f}")
+        _show(rows[1][column], decoded(estimates[index]))
+    _show(rows[0][-1], decoded(states[-1][1]), "result")
     rows[1][-1].axis("off")
     rows[0][0].set_ylabel("x_t", fontsize=8)
     rows[1][0].set_ylabel("x0 expected", fontsize=8)
-    what = f"{settings['sampler']}, {settings['steps']} steps, seed {seed}" + (f", {label}" if label else "")
+    what = f"{settings['sampler']}, {settings['steps']} steps, seed {seed}" + "".join(
+        f", {said}" for said in (label, prompt) if said
+    )
     figure.suptitle(f"Reverse process of {model.name}: {what}", fontsize=10)
     return figure
 
@@ -253,7 +265,7 @@ def solvers(
     data, count = comparison.mixture(), 2000
     note("mixture")
     on_mixture = comparison.compare(
-        data, path, lambda: NoiseSource(range(seed, seed + count), (2,)), spacing=spacing, budgets=budgets,
+        data, path, lambda: comparison.Together(seed, count, (2,)), spacing=spacing, budgets=budgets,
         names=names, data=data.sample(count, torch.Generator().manual_seed(seed)), note=note,
     )  # fmt: skip
     note(model.name)
@@ -294,28 +306,84 @@ def solver_table(found: Mapping[str, Sequence[comparison.Error]], budgets: Seque
     return "\n".join(lines)
 
 
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "Euler, Heun, DPM2": ("euler", "heun", "flow_heun", "dpm2"),
+    "linear multistep, DEIS": ("multistep", "deis"),
+    "DPM-Solver": ("dpm", "dpm_adaptive"),
+    "DPM-Solver++, UniPC": ("unipc",),
+    "ancestral": ("ancestral", "euler_ancestral", "dpmpp_ancestral"),
+    "SDE": ("dpmpp_sde", "sa_solver"),
+    "for distilled models": ("consistency",),
+}
+"""Panels of the comparison of solvers, and which files of `diffusion.solvers` they show; any other is in the last."""
+
+
+def family(name: str) -> str:
+    """The panel that a method belongs to."""
+    method = comparison.methods([name])[0]
+    file = method.make.__module__.rpartition(".")[2]
+    if file == "dpm" and name.startswith("dpmpp"):
+        return "DPM-Solver++, UniPC"
+    if method.stochastic and file == "dpm2":
+        return "ancestral"
+    return next((title for title, files in FAMILIES.items() if file in files), "others")
+
+
 def _solver_figure(found: dict[str, list[comparison.Error]], name: str, spacing: str) -> Figure:
-    figure, rows = _figure(1, 3, 16, 6.5)
-    panels: list[tuple[Axes, str, str, str]] = [
-        (rows[0][0], "mixture", "ode", "distance from the exact solution, mixture"),
-        (rows[0][1], "mixture", "distribution", "sliced Wasserstein distance to the data, mixture"),
-        (rows[0][2], "model", "ode", f"distance from the exact solution, {name}"),
-    ]
+    """Two rows of deterministic families, by the distance from the exact solution on mixture and model; one of
+    stochastic ones, by the distance of what they draw. Every panel has all other methods of its ruler in grey."""
     names = list(dict.fromkeys(e.method for e in found["mixture"]))
-    marks = "ov^s*DPXh<>"
-    for axes, where, what, title in panels:
-        for index, method in enumerate(names):
-            points = [(e.evaluations, getattr(e, what)) for e in found[where] if e.method == method]
-            points = sorted(p for p in points if p[1] is not None)
-            if points:
-                style: dict[str, Any] = {"marker": marks[index % len(marks)], "color": f"C{index % 10}"}
-                style |= {"markersize": 3.5, "linewidth": 0.9, "label": method}
-                axes.plot([p[0] for p in points], [p[1] for p in points], **style)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlabel("network evaluations")
-        axes.set_title(title, fontsize=9)
-    handles, labels = rows[0][1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=9, fontsize=7)
-    figure.suptitle(f"Solvers on the schedule of {name}, {spacing} grid", fontsize=10)
+    drawn = {e.method for e in found["mixture"] if e.ode is None}
+    families = dict.fromkeys((*FAMILIES, "others"))
+    panels: list[tuple[int, str, str, str, list[str]]] = []
+    for row, where, what, ruler, members in (
+        (0, "mixture", "ode", "mixture", [m for m in names if m not in drawn]),
+        (1, "model", "ode", name, [m for m in names if m not in drawn]),
+        (2, "mixture", "distribution", "mixture", [m for m in names if m in drawn]),
+    ):
+        shown = {title: [m for m in members if family(m) == title] for title in families}
+        panels += [(row, where, what, f"{title} ({ruler})", group) for title, group in shown.items() if group]
+    rows = sorted({row for row, *_ in panels})
+    columns = max(sum(row == panel[0] for panel in panels) for row in rows)
+    figure, grid = _figure(len(rows), columns, 3.6 * columns + 0.6, 3.1 * len(rows) + 0.6)
+    for row, axes in zip(rows, grid, strict=True):
+        mine = [panel for panel in panels if panel[0] == row]
+        for place, panel in zip(axes, mine, strict=False):
+            _solver_panel(place, found[panel[1]], panel[2], panel[3], panel[4])
+        for place in axes[1 : len(mine)]:
+            place.sharey(axes[0])
+        for place in axes[len(mine) :]:
+            place.axis("off")
+        ode = mine[0][2] == "ode"
+        axes[0].set_ylabel("distance from the exact solution" if ode else "sliced Wasserstein distance to the data")
+    title = f"Solvers on the schedule of {name}, {spacing} grid: error against network evaluations"
+    figure.suptitle(title, fontsize=11)
     return figure
+
+
+def _solver_panel(axes: Axes, errors: Sequence[comparison.Error], what: str, title: str, group: Sequence[str]) -> None:
+    """The methods of a group in colour, those that come out the same as one; the others of this ruler in grey."""
+    curves: dict[str, tuple[tuple[int, float], ...]] = {}
+    stochastic = {e.method for e in errors if e.ode is None}
+    for error in errors:
+        value = getattr(error, what)
+        if value is not None and (error.method in stochastic) == (what == "distribution"):
+            curves[error.method] = (*curves.get(error.method, ()), (error.evaluations, value))
+    alike: dict[tuple[tuple[int, float], ...], list[str]] = {}
+    for method, points in curves.items():
+        if method in group:
+            alike.setdefault(tuple(sorted(points)), []).append(method)
+        axes.plot(*zip(*sorted(points), strict=True), color="0.85", linewidth=0.7, zorder=0)
+    for index, (points, methods) in enumerate(alike.items()):
+        style: dict[str, Any] = {"marker": "osD^v<>"[index % 7], "markersize": 3.5, "linewidth": 1.3}
+        axes.plot(*zip(*points, strict=True), color=f"C{index}", label=" = ".join(methods), **style)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    counts = sorted({e.budget for e in errors})
+    axes.set_xticks(counts, [str(count) for count in counts], minor=False)
+    axes.set_xticks([], minor=True)
+    values = [value for points in curves.values() for _, value in points]
+    axes.set_ylim(min(values) / 1.3, min(max(values), 2.0) * 1.3)  # beyond it a picture is lost
+    axes.set_title(title, fontsize=9)
+    axes.tick_params(labelsize=7)
+    axes.legend(fontsize=6.5, loc="lower left", framealpha=0.7)

@@ -189,6 +189,19 @@ def test_only_within_the_interval(denoiser: Denoiser) -> None:
         assert same(inside(x, LINEAR.level(t), None), unguided(denoiser, condition)(x, LINEAR.level(t), None))
 
 
+def test_each_picture_by_its_own_level_within_the_interval(denoiser: Denoiser) -> None:
+    """A batch whose levels lie on both sides of the interval's end is what its pictures are alone."""
+    x, (condition, null), times = pictures(), conditions(), (300, 700)
+    levels, end = LINEAR.level(torch.tensor(times)), float(LINEAR.level(500).nsr)
+    for options in ({}, {"rescale": 0.7}, {"channels": 1}, {"batched": False}):
+        guided = classifier_free(denoiser, condition, null, 3.0, interval=(0.0, end), **options)  # type: ignore[arg-type]
+        together = guided(x, levels, None)
+        for i, t in enumerate(times):
+            alone = guided(x, LINEAR.level(t), None)
+            for name in ("x0", "eps", "out"):
+                assert torch.allclose(getattr(together, name)[i], getattr(alone, name)[i], rtol=0, atol=2e-5)
+
+
 def test_rescale_pulls_the_spread_back(denoiser: Denoiser) -> None:
     """Lin 2023, eq. 15-16: at phi = 1 each picture's output has the conditional one's standard deviation."""
     x, (condition, null) = pictures(), conditions()

@@ -111,6 +111,19 @@ def test_clean_and_fully_noisy_ends_are_moved_to_the_border() -> None:
     assert torch.equal(noise.between(0, math.inf), noise.between(0, 20))
 
 
+def test_a_new_path_is_independent_of_the_last_and_as_well_fixed_by_the_seed() -> None:
+    n = 40_000
+    noise, other = NoiseSource([1], (n,)), NoiseSource([1], (n,))
+    paths = []
+    for _ in range(3):
+        paths.append(noise.between(-1, 0))
+        assert torch.equal(other.between(-1, 0), paths[-1])
+        noise.new_path()
+        other.new_path()
+    for a, b in [(0, 1), (0, 2), (1, 2)]:
+        assert abs(float((paths[a] * paths[b]).mean())) < 4 / math.sqrt(n)
+
+
 @pytest.mark.parametrize("ends", [(0.0, 0.0), (21.0, 22.0)])
 def test_an_empty_interval_is_refused(ends: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match="two different ends"):

@@ -14,7 +14,7 @@ from sfumato.diffusion.level import NoiseLevel
 from sfumato.diffusion.restart import restart, restart_karras
 from sfumato.diffusion.sample import sample
 from sfumato.diffusion.schedule import VESchedule
-from sfumato.diffusion.solvers import Heun
+from sfumato.diffusion.solvers import Heun, solver
 from sfumato.errors import UserError
 from sfumato.random import NoiseSource
 
@@ -79,6 +79,18 @@ def test_following_it_keeps_the_distribution(name: str) -> None:
     assert len(counted) == 4
     variance = 0.25 + float(end.nsr) ** 2
     assert abs(float(x.mean()) - 0.6) < 4 * math.sqrt(variance / n) + 0.003
+    assert float(x.var()) == pytest.approx(variance, rel=4 * math.sqrt(2 / n) + 0.02)
+
+
+def test_brownian_noise_is_new_each_time_through_the_interval() -> None:
+    """With the same increments on every way down the pictures would spread too far."""
+    schedule, n = SCHEDULES["ve"], 20_000
+    main = [schedule.from_nsr(s) for s in torch.exp(torch.linspace(math.log(20), math.log(0.02), 80).double())]
+    grid = restart(schedule, main, low=0.1, high=2.0, steps=40, repeats=4)
+    noise, data = NoiseSource([0], (n,)), GaussianData(torch.full((n,), 0.6), 0.25)
+    x = main[0].noise(data.sample(1, torch.Generator().manual_seed(0)), noise.draw())
+    x = sample(data, solver("dpmpp_2m_sde"), x, grid, schedule, noise=noise)
+    variance = 0.25 + float(grid[-1].nsr) ** 2
     assert float(x.var()) == pytest.approx(variance, rel=4 * math.sqrt(2 / n) + 0.02)
 
 

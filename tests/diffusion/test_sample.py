@@ -209,6 +209,31 @@ def test_climbing_inverts(method: Solver, name: str) -> None:
     assert fine < coarse / 2 ** (method.order - 0.25)
 
 
+@pytest.mark.parametrize("name", [name for name, method in SOLVERS.items() if method.stochastic])
+def test_climbing_takes_a_solver_without_noise(name: str) -> None:
+    noise, levels = source(), [LINEAR.level(t) for t in (0, 200, 400, 600)]
+    with pytest.raises(UserError, match="take a deterministic one"):
+        sample(MIXTURE, solver(name), noise.draw(), levels, LINEAR, noise=noise, climb=True)
+
+
+def test_nearly_pure_noise_is_left_by_a_first_order_step() -> None:
+    """The cosine table ends at 20,000 times more noise than signal: a trapezoid in that ratio would explode there."""
+    schedule = SCHEDULES["cosine"]
+    asked: list[float] = []
+
+    def counted(x: Tensor, level: NoiseLevel, previous: Tensor | None) -> Prediction:
+        asked.append(float(level.t))
+        return DATA(x, level)
+
+    for name, times in [("heun", [999]), ("dpm_2", [999, 997]), ("flow_heun", [999, 899])]:
+        asked.clear()
+        noise, levels = source(), [schedule.level(t) for t in (999, 899)]
+        assert levels[0].is_nearly_noise and not levels[0].is_noise and not levels[1].is_nearly_noise
+        x = sample(counted, solver(name), start(noise, levels[0]), levels, schedule, noise=noise)
+        assert [round(t) for t in asked] == times and float(x.abs().max()) < 5
+    assert NoiseLevel.of(0, 0.0, 1.0).is_nearly_noise and not SCHEDULES["linear"].level(999).is_nearly_noise
+
+
 def test_deterministic_solvers_draw_nothing() -> None:
     for method in (Euler(), Heun()):
         noise, levels = source(), trailing(LINEAR, 4)

@@ -37,9 +37,11 @@ def test_size_and_shapes(network: ours.Inception) -> None:
 def test_names_are_the_published_ones(network: ours.Inception) -> None:
     names = [n for n in network.state_dict() if not n.endswith("num_batches_tracked")]
     assert len(names) == 94 * 5 + 2  # 94 convolutions with the four tensors of their normalisation; fc
-    for name in ("Conv2d_1a_3x3.conv.weight", "Mixed_5b.branch3x3dbl_3.bn.running_var", "Mixed_6a.branch3x3.conv.weight",
-                 "Mixed_6c.branch7x7dbl_5.conv.weight", "Mixed_7a.branch7x7x3_4.bn.bias", "Mixed_7c.branch_pool.bn.weight",
-                 "Mixed_7b.branch3x3dbl_3b.conv.weight", "fc.bias"):  # fmt: skip
+    for name in (
+        "Conv2d_1a_3x3.conv.weight", "Mixed_5b.branch3x3dbl_3.bn.running_var", "Mixed_6a.branch3x3.conv.weight",
+        "Mixed_6c.branch7x7dbl_5.conv.weight", "Mixed_7a.branch7x7x3_4.bn.bias", "Mixed_7b.branch3x3dbl_3b.conv.weight",
+        "Mixed_7c.branch_pool.bn.weight", "fc.bias",
+    ):  # fmt: skip
         assert name in names, name
 
 

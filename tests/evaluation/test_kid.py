@@ -219,7 +219,12 @@ def test_efficientnets_load(package: str, load: type, name: str, block10: int) -
     assert head.shape == (3, 1280) and head.dtype == torch.float32
     assert bool(head.isfinite().all()) and float(head.std()) > 0.01
     assert torch.allclose(network(pictures[1:2]), head[1:2], atol=1e-4)
-    assert load("block10")(pictures).shape == (3, block10)
+    few = load("block10")(pictures)
+    assert few.shape == (3, block10)
+    assert torch.equal(load("both")(pictures), torch.cat([head, few], 1))
+    maps = network.maps(pictures)
+    assert [one.shape[-1] for one in maps] == [64, 32, 16, 8] and maps[-1].shape == (3, block10, 8, 8)
+    assert torch.allclose(maps[-1].mean((2, 3)), few)
     with pytest.raises(UserError, match=rf"{name} takes uint8 .*; got torch.float32 \(3, 3, 20, 24\)"):
         network(pictures.float())
     with pytest.raises(UserError, match="unknown feature layer 'tail'"):

@@ -42,7 +42,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from sfumato.diffusion.denoiser import Denoiser, edm_preconditioning
+from sfumato.diffusion.denoiser import TIME_1000, Denoiser, edm_preconditioning
 from sfumato.diffusion.guidance import unguided
 from sfumato.diffusion.level import CLEAN, NoiseLevel
 from sfumato.diffusion.parameterization import FLOW, edm
@@ -359,6 +359,41 @@ def test_edm_euler_loop(grid: str, steps: int) -> None:
     for t in scheduler.timesteps:
         y = scheduler.step(network(scheduler.scale_model_input(y, t), t.expand(3)), t, y).prev_sample
     assert difference(found, y) <= 2e-5
+
+
+each_place = pytest.mark.parametrize("place", [0, 1, 7, 13])  # of 14 steps
+
+
+@each_place
+@pytest.mark.parametrize("grid", ["karras", "exponential"])
+def test_edm_euler_step(grid: str, place: int) -> None:
+    """On a random network."""
+    scheduler, network = EDMEulerScheduler(sigma_schedule=grid), TinyNet(2)
+    scheduler.set_timesteps(14)
+    x, noise, _ = start_both()
+    y, t = x * scheduler.sigmas[place], scheduler.timesteps[place]
+    levels = [NoiseLevel.of(float(s), 1, float(s)) for s in scheduler.sigmas[place : place + 2]]
+    denoiser = Denoiser(network, VESchedule(), edm(0.5), preconditioning=edm_preconditioning(0.5))
+    found = sample(unguided(denoiser), Euler(), y, levels, denoiser.schedule, noise=noise)
+    wanted = scheduler.step(network(scheduler.scale_model_input(y, t), t.expand(3)), t, y).prev_sample
+    assert difference(found, wanted) <= 1e-5
+
+
+@each_place
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("name", ["euler", "euler, stochastic"])
+def test_flow_euler_step(name: str, shift: float, place: int) -> None:
+    """On a random network."""
+    method, make, options = FLOWS[name]
+    scheduler, network = make(shift=shift, **options), TinyNet(2)
+    scheduler.set_timesteps(14)
+    x, noise, streams = start_both()
+    t = scheduler.timesteps[place]
+    levels = [NoiseLevel.of(float(s), 1 - float(s), float(s)) for s in scheduler.sigmas[place : place + 2]]
+    denoiser = Denoiser(network, FlowSchedule(), FLOW, preconditioning=TIME_1000)
+    found = sample(unguided(denoiser), method, x, levels, FlowSchedule(), noise=noise)
+    wanted = scheduler.step(network(x, t.expand(3)), t, x, generator=streams).prev_sample
+    assert difference(found, wanted) <= 1e-5
 
 
 FLOWS: dict[str, tuple[Solver[Any], Callable[..., Any], dict[str, Any]]] = {

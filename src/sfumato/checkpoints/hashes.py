@@ -42,6 +42,11 @@ def sha256(path: Path) -> str:
     return digest
 
 
+def together(*digests: str) -> str:
+    """One hash for several files: the only one itself, else the SHA-256 of all of them in this order."""
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
 def find(digest: str) -> Path | None:
     """A remembered file that still has this SHA-256 by size and time, or None."""
     for key, entry in reversed(_read().items()):

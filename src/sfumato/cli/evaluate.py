@@ -194,4 +194,4 @@ def _tell(found: BitsPerDim, settings: dict[str, Any], as_json: bool) -> None:
 
 
 for _command in (evaluate_sets.floor, evaluate_sets.pictures, evaluate_sets.codec, evaluate_sets.text):
-    evaluate_app.command()(_command)
+    evaluate_app.command(_command.__name__)(_command)

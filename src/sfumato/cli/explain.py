@@ -68,6 +68,7 @@ def reverse(
     model: Annotated[str | None, typer.Option(help="A name, a file or a run. [best in the box]")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     label: Annotated[str | None, typer.Option(help="A class of the model.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What to draw, for models that read text.")] = None,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -75,7 +76,7 @@ def reverse(
     _check(out, overwrite)
     from sfumato import api, explain
 
-    _save(explain.reverse(api.load(model), seed, label, steps), out)
+    _save(explain.reverse(api.load(model), seed, label, steps, prompt), out)
 
 
 @explain_app.command()

@@ -188,27 +188,38 @@ class Ruler:
         features = remembered(judge, train.pictures), remembered(judge, held_out.pictures)
         return cls(judge, train, held_out, *features, matcher, candidates, seed)
 
-    def row(self, sets: Sequence[Tensor], rows: Tensor | None = None) -> Row:
-        """Figures of pictures that were made for the held-out captions.
+    def row(self, sets: Sequence[Tensor]) -> Row:
+        """Figures of one or more sets of pictures that were made for the held-out captions.
 
         Args:
-            sets: one or more sets, uint8 (N, 3, H, W), picture i of each for held-out picture i (or `rows[i]`).
+            sets: uint8 (N, 3, H, W), picture i of each for held-out picture i; or any pictures, where no CLIP is at
+                hand.
+        """
+        return self._figures(*self._looked_at(sets), None)
+
+    def by_part(self, title: str, sets: Sequence[Tensor]) -> dict[str, Row]:
+        """Rows of all held-out captions and of each part: "title, held-out pairs" …; arguments as of `row`."""
+        features, embeddings = self._looked_at(sets)
+        table = {}
+        for part, rows in self.held_out.parts().items():
+            own = [one[rows] for one in features], [one[rows] for one in embeddings]
+            table[title if part == "all" else f"{title}, {part}"] = self._figures(*own, rows)
+        return table
+
+    def caption_figures(self, embeddings: Sequence[Tensor], rows: Tensor | None = None) -> Row:
+        """Retrieval and style accuracy.
+
+        Args:
+            embeddings: of one or more sets, the CLIP's (N, E), picture i of each for held-out picture i, or `rows[i]`.
             rows: which of the held-out pictures they stand for; None for all.
         """
-        features = [self.judge.features(pictures) for pictures in sets]
-        found = compare(self.judge, features, self.of_train, self.of_held_out, seed=self.seed)
-        return found | self.caption_figures(sets, rows)
-
-    def caption_figures(self, sets: Sequence[Tensor], rows: Tensor | None = None) -> Row:
-        """Retrieval and style accuracy alone; empty without a CLIP or captions."""
-        if self.matcher is None or self.held_out.texts is None:
-            return {}
+        if self.matcher is None:
+            raise UserError("captions can be told by a CLIP only; name one")
         chosen = range(len(self.held_out)) if rows is None else rows.tolist()
-        texts = [self.held_out.texts[i] for i in chosen] * len(sets)
-        styles = [self.held_out.styles[i] for i in chosen] * len(sets)
+        texts = [self.held_out.captions[i] for i in chosen] * len(embeddings)
+        styles = [self.held_out.styles[i] for i in chosen] * len(embeddings)
         groups = [prompt(text, style) for text, style in zip(texts, styles, strict=True)]
-        pictures = self.matcher.pictures(torch.cat(list(sets)))
-        by_style = texts_by_style(self.train, self.held_out)
+        pictures, by_style = torch.cat(list(embeddings)), texts_by_style(self.train, self.held_out)
         hits = retrieved(self.matcher, pictures, texts, styles, by_style, self.candidates, self.seed)
         found = {"retrieval": bootstrap.share(hits, groups, self.seed)}
         known = sorted({style for style in (*self.train.styles, *self.held_out.styles) if style is not None})
@@ -217,12 +228,15 @@ class Ruler:
             found["style accuracy"] = bootstrap.share(told, groups, self.seed)
         return found
 
-    def by_part(self, title: str, sets: Sequence[Tensor]) -> dict[str, Row]:
-        """Rows of all held-out captions and of each part: "title, held-out pairs" …"""
-        return {
-            title if part == "all" else f"{title}, {part}": self.row([pictures[rows] for pictures in sets], rows)
-            for part, rows in self.held_out.parts().items()
-        }
+    def _looked_at(self, sets: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The judge's features and the CLIP's embeddings of each set; no embeddings where captions cannot be told."""
+        can_tell = self.matcher if self.held_out.texts is not None else None
+        embeddings = [can_tell.pictures(pictures) for pictures in sets] if can_tell is not None else []
+        return [self.judge.features(pictures) for pictures in sets], embeddings
+
+    def _figures(self, features: list[Tensor], embeddings: list[Tensor], rows: Tensor | None) -> Row:
+        found = compare(self.judge, features, self.of_train, self.of_held_out, seed=self.seed)
+        return found | (self.caption_figures(embeddings, rows) if embeddings else {})
 
     def nearest(self) -> Tensor:
         """The baseline: for each held-out caption the picture of the nearest training caption in the same style."""

@@ -151,7 +151,9 @@ def efficientnet_lite2(layer: Layer = "head", device: torch.device | str = "cpu"
         UserError: a package is not installed.
         ModelFileError: the installed weights are not the published ones.
     """
-    return _load(_LITE2, layer, device)
+    network = _load(_LITE2, layer, device)
+    network.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a third faster on CPUs
+    return network
 
 
 def efficientnet_lite0(layer: Layer = "head", device: torch.device | str = "cpu") -> EfficientNetFeatures:

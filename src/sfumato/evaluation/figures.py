@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,8 +38,9 @@ class Figure:
         return Figure(self.value * factor, None if self.deviation is None else self.deviation * factor)
 
     def json(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {"value": self.value, "deviation": self.deviation}
+        """As JSON values; null for what is not finite, such as the PSNR of equal pictures."""
+        values = {"value": self.value, "deviation": self.deviation}
+        return {name: x if x is not None and math.isfinite(x) else None for name, x in values.items()}
 
 
 def mean(values: Tensor, groups: Sequence[str] | None = None, seed: int = 0) -> Figure:
@@ -60,7 +62,7 @@ def share(hits: Tensor, groups: Sequence[str] | None = None, seed: int = 0) -> F
 
 
 def deviation(values: Tensor, groups: Sequence[str] | None = None, seed: int = 0) -> float | None:
-    """Standard deviation of the mean of values (N,) over bootstrap resamplings; None for a single picture or group."""
+    """Standard deviation of the mean of values (N,) over resamplings; None for one picture or group, or infinity."""
     sums, counts = values.to(torch.float64), torch.ones(len(values), dtype=torch.float64)
     if groups is not None:
         names = {name: i for i, name in enumerate(dict.fromkeys(groups))}
@@ -70,7 +72,8 @@ def deviation(values: Tensor, groups: Sequence[str] | None = None, seed: int = 0
     if len(sums) < 2:
         return None
     drawn = resamplings(len(sums), RESAMPLINGS, seed)
-    return float(torch.stack([sums[rows].sum() / counts[rows].sum() for rows in drawn]).std())
+    found = float(torch.stack([sums[rows].sum() / counts[rows].sum() for rows in drawn]).std())
+    return found if math.isfinite(found) else None
 
 
 def bootstrapped(statistic: Callable[[Tensor], float], count: int, times: int = 100, seed: int = 0) -> float:

@@ -78,8 +78,9 @@ class Judge:
 def remembered(judge: Judge, pictures: Tensor) -> Tensor:
     """Features of real pictures, which many figures are measured against: kept in the user's cache folder.
 
-    They stand under `features/` beside `hashes.json` (see `sfumato.checkpoints.hashes`), by the SHA-256 of the network's
-    weights and of the pictures. The files may be deleted at any time; where none can be written, all is measured again.
+    They stand under `features/` beside `hashes.json` (see `sfumato.checkpoints.hashes`), by the SHA-256 of the
+    network's weights and of the pictures. The files may be deleted at any time; where none can be written, all is
+    measured again.
 
     Args:
         pictures: uint8 (N, 3, H, W).

@@ -76,6 +76,23 @@ class Counted:
         return self.denoise(x_t, level, previous_x0)
 
 
+class Together(NoiseSource):
+    """Noise of many small pictures from one seed: as if they were a single one, which is many times faster.
+
+    Args:
+        count: of pictures. shape: of each.
+    """
+
+    def __init__(self, seed: int, count: int, shape: Sequence[int]) -> None:
+        super().__init__([seed], (count, *shape))
+
+    def draw(self) -> Tensor:
+        return super().draw()[0]
+
+    def between(self, u: float, v: float) -> Tensor:
+        return super().between(u, v)[0]
+
+
 def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = 64) -> float:
     """Mean over directions of the Wasserstein-1 distance of the projections. a, b (N, D), equally many.
 

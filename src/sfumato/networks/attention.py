@@ -27,8 +27,17 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
 """`(q, k, v, mask, scale) -> out`: q (B, heads, L, D), k, v (B, heads, S, D), mask additive, bool or None."""
 
 
+WRITTEN_OUT = 2**24
+"""Training in half precision on a CPU writes out up to so many scores: torch's own backward pass takes several times
+as long there."""
+
+
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """torch's scaled dot-product attention."""
+    """torch's scaled dot-product attention, or `math` where that is faster."""
+    trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if trained and q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
+        if q.shape[:3].numel() * k.shape[2] <= WRITTEN_OUT:
+            return math(q, k, v, mask, scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 

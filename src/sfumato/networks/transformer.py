@@ -162,7 +162,8 @@ class Transformer2DModel(nn.Module):
         hidden = tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
         if not x.is_contiguous(memory_format=torch.channels_last):
             hidden = hidden.contiguous()
-        return x + (hidden if self.linear_projection else self.proj_out(hidden))
+        out: Tensor = x + (hidden if self.linear_projection else self.proj_out(hidden))
+        return out
 
 
 def _projection(channels: int, linear: bool) -> nn.Module:

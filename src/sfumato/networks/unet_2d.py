@@ -23,6 +23,7 @@ from sfumato.networks.attention import Attention, AttentionHost
 from sfumato.networks.embeddings import GaussianFourierProjection, TimestepEmbedding, Timesteps
 from sfumato.networks.norm import GroupNorm
 from sfumato.networks.resnet import ACTIVATIONS, ResnetBlock2D
+from sfumato.networks.transformer import Transformer2DModel
 from sfumato.networks.unet_blocks import (
     DOWN_BLOCKS,
     UP_BLOCKS,
@@ -280,17 +281,19 @@ def _class_embedding(c: UNet2DConfig, time_width: int, time_dim: int) -> nn.Modu
 
 
 def init_zero_outputs(network: nn.Module) -> None:
-    """Start every residual branch at zero: the last convolution of each block, attention outputs and
-    `conv_out`.
+    """Start every residual branch at zero: the last convolution of each block, the outputs of attentions over
+    pixels and of transformers, and `conv_out`.
 
-    DDPM's and ADM's initialisation (Ho 2020, appendix B; Dhariwal 2021): the network begins as the identity
-    of its skips.
+    DDPM's and ADM's initialisation (Ho 2020, appendix B; Dhariwal 2021), and latent diffusion's: the network
+    begins as the identity of its skips.
     """
     ends: list[Any] = [getattr(network, "conv_out", None)]
     for module in network.modules():
         if isinstance(module, ResnetBlock2D):
             ends.append(module.conv2)
-        elif isinstance(module, Attention):
+        elif isinstance(module, Transformer2DModel):
+            ends.append(module.proj_out)
+        elif isinstance(module, Attention) and module.residual_connection:
             ends.append(module.to_out[0])
     for end in ends:
         for parameter in end.parameters() if end is not None else ():

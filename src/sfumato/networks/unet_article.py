@@ -18,10 +18,12 @@ from typing import Any, Never, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from sfumato.errors import UserError, nearest
 
 _MEMORIES = 4  # learned keys and values in front of the picture's own
+_SHORTEST = 1e-12  # a shorter vector is divided by this, not by its length
 _OPTIONS = (
     "dim",
     "init_dim",
@@ -56,13 +58,36 @@ class ChannelNorm(nn.Module):
 
     def forward(self, x: Tensor, scale_shift: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """x (B, C, H, W); scale and shift (B, C, 1, 1), applied as `(1 + scale) x + shift`."""
-        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        unit = x * length.clamp_min(1e-12).reciprocal().to(x.dtype)
+        unit: Tensor = _Unit.apply(x)  # type: ignore[no-untyped-call]
         gain = self.g * math.sqrt(x.shape[1])
         if scale_shift is None:
             return unit * gain.to(x.dtype)
         scale, shift = scale_shift
         return torch.addcmul(shift.to(x.dtype), unit, (gain * (scale + 1)).to(x.dtype))
+
+
+class _Unit(torch.autograd.Function):
+    """`y = x / max(|x|, 1e-12)` over channels; backwards `(g - y (y · g)) / |x|`, in two passes over the picture.
+
+    (Torch's own way back through the length takes four, in float32.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        inverse = length.clamp_min(_SHORTEST).reciprocal()
+        y: Tensor = x * inverse.to(x.dtype)
+        ctx.save_for_backward(y, inverse)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        y, inverse = ctx.saved_tensors
+        along = (g * y).sum(dim=1, keepdim=True) * -inverse
+        along = torch.where(inverse < 1 / _SHORTEST, along, 0)  # shorter than that, x is only divided by a constant
+        out: Tensor = (g * inverse.to(g.dtype)).addcmul_(y, along.to(g.dtype))
+        return out
 
 
 class SinusoidalTime(nn.Module):
@@ -129,7 +154,7 @@ def _to_tokens(x: Tensor) -> Tensor:
 
 def _to_picture(tokens: Tensor, like: Tensor) -> Tensor:
     """(B, H W, C) -> (B, C, H, W), channels-last, of the height and width of `like`."""
-    return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
+    return tokens.transpose(1, 2).view(len(tokens), -1, *like.shape[2:])
 
 
 class LinearAttention(nn.Module):
@@ -150,26 +175,32 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape."""
-        project, norm = cast(nn.Conv2d, self.to_out[0]), self.to_out[1]
         tokens = _to_tokens(self.norm(x))
-        to_q, to_k, to_v = self.to_qkv.weight.flatten(1).chunk(3)
-        q = F.linear(tokens, to_q).unflatten(2, (self.heads, -1)).softmax(dim=-1).flatten(2)
-        context = self._context(tokens, F.linear(tokens, to_k), to_v) * self.scale
-        onward = context @ project.weight.flatten(1).t().unflatten(0, (self.heads, -1))
+        to_q, to_k, to_v = self.to_qkv.weight.flatten(1).chunk(3)  # each (heads D, C)
+        q, k = F.linear(tokens, to_q), F.linear(tokens, to_k)
+        q = q.view(*q.shape[:2], self.heads, -1).softmax(dim=-1).flatten(2)
+        project = cast(nn.Conv2d, self.to_out[0])
+        onward = project.weight.flatten(1).t().reshape(self.heads, -1, x.shape[1])
+        onward = (self._context(tokens, k, to_v) * self.scale) @ onward
         mixed = torch.baddbmm(cast(Tensor, project.bias), q, onward.flatten(1, 2))
-        out: Tensor = norm(_to_picture(mixed, x))
+        out: Tensor = self.to_out[1](_to_picture(mixed, x))
         return out
 
     def _context(self, tokens: Tensor, k: Tensor, to_v: Tensor) -> Tensor:
-        """`softmax(k)' v` over pixels and memories, (B, heads, D, D), from tokens (B, N, C) and k (B, N, heads D)."""
+        """`softmax(k)' v` over pixels and memories, (B, heads, D, D), from tokens (B, N, C) and k (B, N, heads D).
+
+        The softmax is divided by its sum at the end, where it is small. Exponentials are kept below `N^(-1/2)`, so that
+        neither they nor their sums leave the range of half precision.
+        """
         mem_k, mem_v = self.mem_kv
-        highest = torch.maximum(k.detach().amax(dim=1), mem_k.detach().flatten(0, 1).amax(dim=-1).to(k.dtype))
-        k = (k - highest[:, None]).exp()
-        mem_k = (mem_k - highest.unflatten(1, (self.heads, -1))[..., None]).exp()
-        total = k.sum(dim=1).unflatten(1, (self.heads, -1)) + mem_k.sum(dim=-1)
-        own = (k.transpose(1, 2) @ tokens).unflatten(1, (self.heads, -1))
-        values = own @ to_v.t().unflatten(1, (self.heads, -1)).transpose(0, 1)
-        return (values + mem_k @ mem_v.transpose(1, 2)) / total[..., None]
+        each = (len(k), *mem_k.shape[:2], -1)  # batch, heads, D
+        top = torch.maximum(k.detach().amax(dim=1), mem_k.detach().amax(dim=-1).flatten().to(k.dtype))
+        top = top + math.log(k.shape[1]) / 2
+        k, mem_k = (k - top[:, None]).exp(), (mem_k - top.view(each)).exp()
+        total = k.sum(dim=1).view(each) + mem_k.sum(dim=-1, keepdim=True)
+        own = (k.transpose(1, 2) @ tokens).view(each) @ to_v.reshape(*mem_k.shape[1:3], -1).transpose(1, 2)
+        context: Tensor = (own + mem_k @ mem_v.transpose(1, 2)) / total
+        return context
 
 
 class Attention(nn.Module):
@@ -185,8 +216,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape."""
-        qkv = _to_tokens(self.to_qkv(self.norm(x))).unflatten(2, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D)
+        qkv = _to_tokens(self.to_qkv(self.norm(x)))
+        q, k, v = qkv.reshape(*qkv.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, N, D)
         mem_k, mem_v = self.mem_kv.to(q.dtype)[:, None].expand(-1, len(x), -1, -1, -1)
         k, v = torch.cat([mem_k, k], dim=2), torch.cat([mem_v, v], dim=2)
         if self.flash:
@@ -223,10 +254,15 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         conv = cast(nn.Conv2d, self.get_submodule("1"))
-        kernel = F.pad(conv.weight.transpose(0, 1).flip(2, 3), (1, 1, 1, 1))
-        kernel = kernel[:, :, 1:] + kernel[:, :, :-1]
-        kernel = kernel[..., 1:] + kernel[..., :-1]
+        rows = _widen(conv.weight.permute(2, 3, 1, 0), dim=0)
+        kernel = _widen(rows, dim=1).permute(2, 3, 0, 1)
         return F.conv_transpose2d(x, kernel, conv.bias, stride=2, padding=1)
+
+
+def _widen(kernel: Tensor, dim: int) -> Tensor:
+    """The three weights (a, b, c) along `dim` -> the transposed convolution's four, (c, b + c, a + b, a)."""
+    a, b, c = kernel.unbind(dim)
+    return torch.stack([c, b + c, a + b, a], dim)
 
 
 @dataclass(frozen=True)
@@ -376,7 +412,7 @@ class Unet(nn.Module):
             raise UserError(f"height and width must be multiples of {factor} for this Unet, got {tuple(x.shape[-2:])}")
         if self.self_condition:
             x = torch.cat([torch.zeros_like(x) if x_self_cond is None else x_self_cond, x], dim=1)
-        x = first = self.init_conv(x)
+        x = first = self.init_conv(x.contiguous(memory_format=torch.channels_last))
         t = self.time_mlp(time)
         skips: list[Tensor] = []
         for level in self.downs:

@@ -16,7 +16,8 @@ from sfumato.errors import ModelFileError, raise_unknown
 from sfumato.systems.clip import CLIP, CLIPConfig
 from sfumato.systems.codec import CodecConfig, CodecSystem
 from sfumato.systems.config import Strict, parse
-from sfumato.systems.ddpm import DDPM, DDPMConfig, config_from_diffusers
+from sfumato.systems.ddpm import DDPM, DDPMConfig
+from sfumato.systems.exchange import open_folder
 from sfumato.systems.latent import Latent, LatentConfig
 
 System = DDPM | Latent | CodecSystem | CLIP
@@ -75,14 +76,8 @@ def open_system(path: str | Path) -> Opened:
 
 
 def _open_folder(folder: Path) -> Opened:
-    if not diffusers.is_pipeline(folder):
+    if not diffusers.is_pipeline(folder) and diffusers.class_of(folder) is None:
         contents = "is empty" if not any(folder.iterdir()) else "holds no run, checkpoint or diffusers pipeline"
         raise ModelFileError(f"{folder} {contents}; a model is a .safetensors file, a run or a pipeline folder")
-    index = diffusers.read_json(folder / diffusers.INDEX)
-    if (kind := index.get("_class_name")) not in ("DDPMPipeline", "DDIMPipeline"):
-        raise ModelFileError(f"{folder} holds a {kind}; DDPMPipeline and DDIMPipeline can be opened")
-    unet = diffusers.read_component(folder / "unet")
-    scheduler = diffusers.read_json(folder / "scheduler" / "scheduler_config.json")
-    config = config_from_diffusers(unet.config, scheduler)
-    tensors = {f"network.{name}": tensor for name, tensor in unet.tensors.items()}
-    return Opened(DDPM.load(config, tensors, what=str(folder)), folder, unet.sha256)
+    system, sha256 = open_folder(folder)
+    return Opened(system, folder, sha256)

@@ -203,7 +203,7 @@ def combined(conditions: Mapping[str, Mapping[str, Any]]) -> Combined | None:
     parts: dict[str, Conditioner] = {}
     for name, values in conditions.items():
         try:
-            parts[name] = from_config(values, hasher=hashes.sha256)
+            parts[name] = from_config(values, find=hashes.find, hasher=hashes.sha256)
         except UserError as error:
             raise type(error)(f"conditions.{name}: {error}") from None
     if LABEL in parts and not isinstance(parts[LABEL], LabelConditioner) and "labels" in parts[LABEL].slots:

@@ -20,6 +20,7 @@ from sfumato.diffusion import grid as grids
 from sfumato.diffusion.guidance import DenoiseFn, classifier_free, clip_x0, dynamic_threshold, unguided
 from sfumato.diffusion.hooks import Hook, keep
 from sfumato.diffusion.level import NoiseLevel, expand
+from sfumato.diffusion.names import fold
 from sfumato.diffusion.sample import sample, start
 from sfumato.diffusion.solvers import Solver, find
 from sfumato.diffusion.solvers.dpm_adaptive import DPMAdaptive, ends
@@ -111,7 +112,7 @@ def ignores_learned_variance(model: Drawing, sampler: str | Solver[Any] | None) 
 def choose_schedule(model: Drawing, sampler: str | Solver[Any], schedule: str | None) -> str:
     """The canonical name of the grid: the one asked for, the one that the sampler's name carries, the one that the
     sampler is made for, or the model's own. "automatic" asks for none."""
-    if schedule is not None and grids.fold(schedule) != "automatic":
+    if schedule is not None and fold(schedule) != "automatic":
         return grids.canonical(schedule)
     method, carried = find(sampler) if isinstance(sampler, str) else (None, None)
     wanted = method.schedule if method is not None else None
@@ -142,9 +143,11 @@ class Guidance:
             raise UserError(f"guidance must be a finite number of at least 0, got {self.scale}")
         if not 0 <= self.rescale <= 1:
             raise UserError(f"the rescaling of guidance must lie in [0, 1], got {self.rescale}")
-        if self.interval is not None and not 0 <= self.interval[0] < self.interval[1]:
+        if self.interval is not None and not 0 <= self.interval[0] < self.interval[1] < math.inf:
             low, high = self.interval
-            raise UserError(f"the interval of guidance must be two rising noise-to-signal ratios, got {low}, {high}")
+            raise UserError(
+                f"the interval of guidance must be two finite, rising noise-to-signal ratios, got {low}, {high}"
+            )
 
 
 def guided(model: Drawing, asked: Sequence[Asked], guidance: Guidance | float | None) -> DenoiseFn:

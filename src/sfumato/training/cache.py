@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -56,7 +57,8 @@ def kept(name: str, make: Callable[[], dict[str, Tensor]], say: Callable[[str], 
             return load_file(path)
         except (OSError, SafetensorError):
             say(f"the cache {path} is damaged and made anew")
-    tensors = make()
+    with full_precision():  # the name says nothing of the precision of the training that asks first
+        tensors = make()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_model(path, tensors, {"system": "cache"})
@@ -64,6 +66,16 @@ def kept(name: str, make: Callable[[], dict[str, Tensor]], say: Callable[[str], 
         say(f"the cache cannot be written, so it is kept in memory only ({error})")
         return tensors
     return load_file(path)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Without autocast, for a frozen network inside a training that has it."""
+    accelerator = torch.accelerator.current_accelerator()
+    with ExitStack() as stack:
+        for kind in {"cpu", accelerator.type if accelerator is not None else "cpu"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 class LatentCache:

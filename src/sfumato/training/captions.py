@@ -20,12 +20,13 @@ from sfumato.training.data import PictureSet
 def columns_of(template: str) -> list[str]:
     """The columns that a template names. Raises `UserError` for one that is malformed."""
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        parts = list(string.Formatter().parse(template))
     except ValueError as error:
         raise UserError(f"the caption template {template!r} is malformed ({error})") from None
-    if not all(name.isidentifier() for name in names):
+    fields = [(name, spec or conversion) for _, name, spec, conversion in parts if name is not None]
+    if any(extra or not name.isidentifier() for name, extra in fields):
         raise UserError(f"the caption template {template!r} may name columns only, such as {{text}}")
-    return names
+    return [name for name, _ in fields]
 
 
 def spoken(row: Mapping[str, Any], templates: Sequence[str]) -> list[list[str]]:
@@ -82,24 +83,27 @@ class Captions:
                         f"{pictures.config.path!r}{nearest(name, known)}; columns: {', '.join(known) or 'none'}"
                     )
 
-    def leave_out(self, unreadable: Callable[[str], Sequence[str]]) -> list[str]:
+    def leave_out(self, unreadable: Callable[[str], Sequence[str]], *, pictures_too: bool = False) -> list[str]:
         """Remove captions in which something cannot be read; returns them.
 
         Args:
             unreadable: the words of a text that cannot be read.
+            pictures_too: also remove pictures that are left without a caption from their set.
 
         Raises:
-            DataError: when a picture is left without a caption, naming the words.
+            DataError: when a picture that must stay, or every one, is left without a caption, naming the words.
         """
         bad = {text: words for text in sorted(self.texts()) if (words := list(unreadable(text)))}
-        for record, row in zip(self._pictures.records, self.rows, strict=True):
-            row[:] = [good for group in row if (good := [text for text in group if text not in bad])]
-            if not row:
-                first, words = next(iter(bad.items()))
-                raise DataError(
-                    f"{record.key} in {self._pictures.config.path!r} has no caption that the text encoder can read; "
-                    f"of {first!r}, for one, not: {', '.join(words)}"
-                )
+        kept = [[good for group in row if (good := [t for t in group if t not in bad])] for row in self.rows]
+        gone = [i for i, row in enumerate(kept) if not row]
+        if gone and (not pictures_too or len(gone) == len(kept)):
+            first = self.rows[gone[0]][0][0]
+            raise DataError(
+                f"{self._pictures.records[gone[0]].key} in {self._pictures.config.path!r} has no caption that the text "
+                f"encoder can read: of {first!r} it cannot read {', '.join(repr(word) for word in bad[first])}"
+            )
+        self._pictures.leave_out(gone)
+        self.rows = [row for row in kept if row]
         return list(bad)
 
     def texts(self) -> set[str]:

@@ -21,6 +21,7 @@ from sfumato.training import state
 from sfumato.training.config import RESUMABLE_CHANGES
 from sfumato.training.data import PictureSet, check_all, open_data
 from sfumato.training.recipes import Recipe, read_yaml, source
+from sfumato.training.recipes.autoencoder import AutoencoderRecipe
 from sfumato.training.trainer import Trainer
 
 CONFIG, QUARANTINE = "config.yaml", "quarantine.txt"
@@ -80,20 +81,22 @@ def train(
 
 
 def rehearse(recipe: Recipe, *, device: torch.device | None = None, say: Callable[[str], None] = print) -> None:
-    """Do everything that a run does, once, in a folder that is removed again.
+    """Do everything that a run does, once, in a folder that is removed again, and say what the whole would take.
 
     Every picture is opened; one step is trained, validated, sampled and saved; a second one resumes from that and
-    finishes the model, which is read back.
+    finishes the model, which is read back. What a run does late (`AutoencoderRecipe.rehearsal`) is done at once.
 
     Raises:
         UserError: for whatever would stop the run.
     """
     short = {"log_every": 1, "validate_every": 1, "sample_every": 1, "save_every": 1, "sample_steps": 2, "samples": 4}
     settings = recipe.train.model_copy(update=short | {"validation_pictures": recipe.train.batch})
+    early = recipe.rehearsal() if isinstance(recipe, AutoencoderRecipe) else recipe
     with tempfile.TemporaryDirectory(prefix="sfumato-check-") as folder:
+        train(recipe, Path(folder) / "run", dry_run=True, device=device, say=say)
         for steps in (1, 2):
-            again = recipe.model_copy(update={"train": settings.model_copy(update={"steps": steps})})
-            train(again, Path(folder) / "run", device=device, say=say if steps == 1 else _say_nothing)
+            again = early.model_copy(update={"train": settings.model_copy(update={"steps": steps})})
+            train(again, Path(folder) / "run", device=device, say=_say_nothing)
         opened = open_system(Path(folder) / "run" / state.MODEL)
     say(f"checked: pictures, a step, validation, samples, saving, resuming, and the {opened.system.kind} model's file")
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sfumato.diffusion import grid as grids
-from sfumato.diffusion.names import Names
+from sfumato.diffusion import names
 from sfumato.diffusion.restart import restart_karras
 from sfumato.diffusion.solvers.base import Solver
 from sfumato.errors import UserError, nearest
@@ -64,11 +64,11 @@ SOLVERS: dict[str, Method] = {}
 
 def fold(name: str) -> str:
     """How names are compared: as grids' are, and k-diffusion's `sample_` goes."""
-    folded = grids.fold(name)
+    folded = names.fold(name)
     return folded.removeprefix("sample") or folded
 
 
-_NAMES = Names("sampler", fold)
+_NAMES = names.Names("sampler", fold)
 
 
 def method(

@@ -83,6 +83,8 @@ def load(
     if not isinstance(method, str) or method not in METHODS:
         hint = nearest(str(method), METHODS)
         raise UserError(f"{where}: recipe must be one of {', '.join(METHODS)}, got {method!r}{hint}")
+    if method == "latent" and values.get("codec") is None:
+        raise UserError(f"{where} names no codec; give --codec RUN of a first stage, or codec=pixels for none")
     if isinstance(values.get("data", {}), dict) and "path" not in values.get("data", {}):
         raise UserError(f"{where} names no data; give --data FOLDER, or data.path in the recipe")
     recipe = parse(METHODS[method], values, where)

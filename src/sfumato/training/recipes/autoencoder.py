@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sfumato.checkpoints.io import load_strictly
 from sfumato.diffusion.objective import Loss
 from sfumato.errors import UserError
+from sfumato.evaluation.reconstruction import psnr
 from sfumato.images import sheet, to_pil
 from sfumato.networks.autoencoder import AutoencoderKL, VQModel
 from sfumato.networks.discriminator import PatchDiscriminator, hinge_d, hinge_g, vanilla_d, vanilla_g
@@ -28,6 +29,9 @@ from sfumato.systems.config import Strict, parse
 from sfumato.training.config import OptimizerConfig, TrainConfig
 from sfumato.training.data import Batch, DataConfig, PictureSet
 from sfumato.training.perceptual import perceptual_loss
+
+
+_MEASURED = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
 
 
 class CodecModelConfig(Strict):
@@ -134,10 +138,20 @@ class AutoencoderRecipe(Strict):
         """What the trainer is given."""
         return AutoencoderTask(self, data, validation)
 
+    def rehearsal(self) -> AutoencoderRecipe:
+        """The same with the discriminator heard from the first step on, and codes restarted in every step."""
+        now = {"start": 0, "ramp": 0}
+        return self.model_copy(
+            update={
+                "discriminator": self.discriminator.model_copy(update=now),
+                "restart": self.restart.model_copy(update={"every": min(1, self.restart.every), "until": 1.0}),
+            }
+        )
+
     def codec(self) -> CodecConfig:
         """The config of the codec that this recipe trains; the scale of its latents is measured at the end."""
-        if given := {"scaling_factor", "shift_factor"} & set(self.model.network):
-            raise UserError(f"model.network.{given.pop()} is measured when the training ends; leave it out")
+        if given := sorted({*_MEASURED} & {*self.model.network}):
+            raise UserError(f"model.network.{given[0]} is measured when the training ends; leave it out")
         own = {"size": self.data.size, "channels": self.data.channels}
         return parse(CodecConfig, own | self.model.model_dump(), "model").with_network(scaling_factor=1.0)
 
@@ -216,15 +230,15 @@ class AutoencoderTask:
         if training and isinstance(self.network, VQModel):
             self._care_for_codes(x)
         x_hat, regular, codes = self.through(x, self._noise(x, generator) if training else None, self.recipe.loss)
-        if len(codes):
-            self._count(codes, training)
+        if len(codes) and training:
+            self._count(codes)
         seen = x_hat.detach().float().requires_grad_()
         pixel, perceptual = self._errors(seen, x)
         each = self.recipe.loss.pixel * pixel + self.recipe.loss.perceptual * perceptual
         parts = {"reconstruction": each, "pixel": pixel, "perceptual": perceptual, "regularisation": regular}
         figures = {name: float(value.detach().mean()) for name, value in parts.items()}
         if not training:
-            figures["psnr"] = float(psnr(x_hat.float(), x).mean())
+            figures["psnr"] = float(psnr(_levels(x), _levels(x_hat.float())).mean())
             return Loss(each.mean().detach(), each.detach(), None, each, figures=figures)
         (slope,) = torch.autograd.grad(each.mean(), seen)
         if self.adversary is not None:
@@ -272,8 +286,9 @@ class AutoencoderTask:
         last = self._autoencoder.last_layer
 
         def at_last_layer(gradient: Tensor) -> Tensor:
-            (found,) = torch.autograd.grad(x_hat, last, gradient.to(x_hat), retain_graph=True)
-            norm: Tensor = found.float().norm()
+            size = gradient.norm().clamp(min=1e-30)  # brought to 1 meanwhile: float16 holds no gradient of a mean
+            (found,) = torch.autograd.grad(x_hat, last, (gradient / size).to(x_hat), retain_graph=True)
+            norm: Tensor = found.float().norm() * size
             return norm
 
         adaptive = (at_last_layer(slope) / (at_last_layer(pull) + 1e-4)).clamp(0, config.max_adaptive)
@@ -290,18 +305,19 @@ class AutoencoderTask:
         assert isinstance(self.network, VQModel)
         with torch.no_grad():
             h = self.network.encode(x).float().permute(0, 2, 3, 1).flatten(0, 2).contiguous()
-        summed = counts.to(x.device)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(summed)
+        if _several_processes():
             torch.distributed.broadcast(h, 0)
         generator = torch.Generator().manual_seed(derived_seed("codes", self.recipe.train.seed, self._step))
-        restart_dead(self.network.quantize.embedding.weight.data, summed, h, generator, config.threshold)
+        restart_dead(self.network.quantize.embedding.weight.data, counts, h, generator, config.threshold)
         counts.zero_()
 
-    def _count(self, codes: Tensor, training: bool) -> None:
-        if training:
-            counts = self.memory["code_counts"]
-            counts += code_counts(codes.cpu(), len(counts))
+    def _count(self, codes: Tensor) -> None:
+        """Add the uses of codes in all processes to the memory of each."""
+        counts = self.memory["code_counts"]
+        found = code_counts(codes, len(counts))
+        if _several_processes():
+            torch.distributed.all_reduce(found)
+        counts += found.cpu()
 
     @torch.no_grad()
     def draw(self, count: int, steps: int) -> Image.Image:
@@ -358,17 +374,19 @@ class Discriminator:
         return judge(self.through(real), self.through(fake))
 
 
+def _several_processes() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _with_gradient(x_hat: Tensor, slope: Tensor, value: Tensor) -> Tensor:
     """A scalar of this value whose gradient at `x_hat` is `slope`."""
     carrier = (x_hat.float() * slope).sum()
     return carrier - carrier.detach() + value
 
 
-def psnr(x_hat: Tensor, x: Tensor) -> Tensor:
-    """Peak signal-to-noise ratios (B,) in dB of pictures in [-1, 1], rounded to 8 bits."""
-    ours, theirs = (((v.clamp(-1, 1) + 1) * 127.5).round() for v in (x_hat, x))
-    mse = (ours - theirs).square().flatten(1).mean(1)
-    return 10 * torch.log10(255**2 / mse.clamp(min=1e-8))
+def _levels(x: Tensor) -> Tensor:
+    """Pictures in [-1, 1] as 8-bit RGB ones."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1)
 
 
 @torch.no_grad()

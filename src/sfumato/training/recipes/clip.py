@@ -3,6 +3,7 @@
 The loss is CLIP's (Radford 2021): in every batch, each picture is to be told by its caption among all captions, and
 each caption by its picture. A caption is drawn anew each time: the text, or some of the tags, with or without the
 style. Where what a caption says is true of several pictures of the batch, they share its target: none counts as wrong.
+To every picture comes one more caption that is nearly right: its own with another style, or another one with its style.
 
 >>> said = Said("red heart, noto style", "red heart", "noto")
 >>> true_of([said, Said("red heart", "red heart", None)], ["red heart", "red heart"], ["noto", "fluent flat"]).tolist()
@@ -73,8 +74,8 @@ class AugmentConfig(Strict):
     """Small changes that leave a picture what it is.
 
     Attributes:
-        shift: share of the side. scale: factor less one. rotate: degrees. colour: of contrast, brightness and
-            saturation. Each is drawn evenly between its negative and itself.
+        shift: share of the side. scale: factor less one. rotate: degrees. colour: of contrast, of brightness (of
+            middle tones), and of saturation. Each is drawn evenly between its negative and itself.
         blur: share of pictures that are shown at a half to all of their resolution.
         noise: largest standard deviation of noise on pictures in [-1, 1].
         drop: share of a picture's patches that is not looked at, which saves as much time (Li 2022, FLIP); in the last
@@ -148,13 +149,15 @@ def contrast(images: Tensor, texts: Tensor, scale: Tensor, matches: Tensor) -> T
     """CLIP's loss of every picture (B,): the mean of the cross-entropies of picture to captions and back.
 
     Args:
-        images, texts: unit embeddings (B, E), in pairs.
+        images: unit embeddings (B, E).
+        texts: unit embeddings (C, E), the first B in pairs with the pictures; more are only there to be told apart.
         scale: of the cosines.
-        matches: bool (B captions, B pictures), the diagonal true. A row's or column's target is even over its matches.
+        matches: bool (C captions, B pictures), the diagonal true. A row's or column's target is even over its matches.
     """
     logits = scale * texts @ images.T
-    target = matches.to(logits)
-    of_text = -(logits.log_softmax(1) * target / target.sum(1, keepdim=True)).sum(1)
+    target, count = matches.to(logits), len(images)
+    own = target[:count]
+    of_text = -(logits[:count].log_softmax(1) * own / own.sum(1, keepdim=True)).sum(1)
     of_image = -(logits.log_softmax(0) * target / target.sum(0, keepdim=True)).sum(0)
     return (of_text + of_image) / 2
 
@@ -168,6 +171,7 @@ class CLIPTask:
             raise DataError(f"{recipe.data.path!r} has no captions (column {recipe.data.caption!r}); CLIP needs them")
         for name, default in ((recipe.captions.tags, _TAGS), (recipe.captions.style, _STYLE)):
             _check_column(data, name, default)
+        self._styles = sorted({style for i in range(len(data)) if (style := self._style(data, i)) is not None})
         torch.manual_seed(recipe.train.seed)
         self.model = CLIP.create(recipe.model_for(vocabulary(self._all_words(), recipe.model.words)))
         self.network: nn.Module = self.model.towers
@@ -191,9 +195,10 @@ class CLIPTask:
         x = batch.to_float()
         if training:
             said = [self._draw_caption(data, i, generator) for i in rows]
+            said += [self._draw_distractor(data, i, generator) for i in rows]
             x = augmented(x, self.recipe.augment, generator)
         else:
-            said = [_whole(concept, style) for concept, style in zip(concepts, styles, strict=True)]
+            said = [_told(concept, concept, style) for concept, style in zip(concepts, styles, strict=True)]
         tokens = self.model.config.encode([one.words for one in said]).to(device)
         keep = self._kept_patches(len(x), generator) if training else None
         images, texts, scale = self._called(x.to(device), tokens, None if keep is None else keep.to(device))
@@ -247,9 +252,19 @@ class CLIPTask:
             some = torch.randperm(len(tags), generator=generator)[: 1 + int(u[1] * _MOST_TAGS)].tolist()
             told = ", ".join(tags[k] for k in some)
             text = told if u[2] < 0.5 else f"{concept}, {told}"
-        if style is None or u[3] >= self.recipe.captions.style_share:
-            return Said(text, concept, None)
-        return Said(f"{style} style {text}" if u[4] < 0.25 else f"{text}, {style} style", concept, style)
+        return _told(text, concept, style if u[3] < self.recipe.captions.style_share else None, in_front=u[4] < 0.25)
+
+    def _draw_distractor(self, data: PictureSet, i: int, generator: torch.Generator) -> Said:
+        """A caption that is nearly right: the picture's own with another style, or another one with its style."""
+        concept, style = str(data.caption_of(i)), self._style(data, i)
+        u = torch.rand(4, generator=generator).tolist()
+        if style is not None and len(self._styles) > 1 and u[0] < 0.5:
+            others = [other for other in self._styles if other != style]
+            style = others[int(u[1] * len(others))]
+        else:
+            concept = str(data.caption_of(int(u[1] * len(data))))
+            style = style if u[2] < self.recipe.captions.style_share else None
+        return _told(concept, concept, style, in_front=u[3] < 0.25)
 
     def _kept_patches(self, count: int, generator: torch.Generator) -> Tensor | None:
         """(B, K) patches to look at, drawn for each picture; None for all of them."""
@@ -277,7 +292,7 @@ def augmented(x: Tensor, config: AugmentConfig, generator: torch.Generator) -> T
     contrast, brightness, saturation = (config.colour * even(1, 1, 1) for _ in range(3))
     grey = x.mean(1, keepdim=True)
     x = grey + (x - grey) * (1 + saturation)
-    x = x * (1 + contrast) + brightness * (1 - x.abs())  # black and white stay where they are
+    x = x * (1 + contrast) + brightness * (1 - x.abs())
     side = int(x.shape[-1] * float(0.5 + 0.5 * torch.rand(1, generator=generator)))
     coarse = F.interpolate(x, (side, side), mode="bilinear", antialias=True, align_corners=False)
     coarse = F.interpolate(coarse, x.shape[-2:], mode="bilinear", align_corners=False)
@@ -287,8 +302,11 @@ def augmented(x: Tensor, config: AugmentConfig, generator: torch.Generator) -> T
     return (x + deviation * torch.randn(x.shape, generator=generator)).clamp(-1, 1)
 
 
-def _whole(concept: str, style: str | None) -> Said:
-    return Said(f"{concept}, {style} style" if style else concept, concept, style)
+def _told(text: str, concept: str, style: str | None, in_front: bool = False) -> Said:
+    """A text with its style, if any, behind it or in front."""
+    if style is None:
+        return Said(text, concept, None)
+    return Said(f"{style} style {text}" if in_front else f"{text}, {style} style", concept, style)
 
 
 def _check_column(data: PictureSet, name: str | None, default: str) -> None:

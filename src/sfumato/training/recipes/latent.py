@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sfumato.checkpoints import hashes
+from sfumato.checkpoints.formats.diffusers import component_sha256
 from sfumato.codecs import Moments
 from sfumato.condition import Condition
 from sfumato.conditioners.base import Combined, dropped
@@ -25,7 +26,7 @@ from sfumato.conditioners.clip import CLIPText
 from sfumato.conditioners.joint import JointText, TextTransformerConfig
 from sfumato.conditioners.minilm import MiniLM
 from sfumato.conditioners.text import TextConditioner
-from sfumato.conditioners.words import WordVocabulary
+from sfumato.conditioners.words import WordVocabulary, spelling
 from sfumato.diffusion.objective import Loss
 from sfumato.errors import DataError, UserError
 from sfumato.images import sheet, to_pil
@@ -35,15 +36,17 @@ from sfumato.systems.asked import Asked
 from sfumato.systems.codec import CodecConfig, CodecSystem
 from sfumato.systems.config import PredictionConfig, SamplingConfig, ScheduleConfig, Strict, parse
 from sfumato.systems.ddpm import objective_from
+from sfumato.systems.exchange import holds_first_stage
 from sfumato.systems.latent import LABEL, TEXT, Latent, LatentConfig
 from sfumato.tasks.draw import draw
 from sfumato.training import state
-from sfumato.training.cache import LatentCache, TextCache
+from sfumato.training.cache import LatentCache, TextCache, full_precision
 from sfumato.training.captions import Captions
 from sfumato.training.config import TrainConfig
 from sfumato.training.data import Batch, DataConfig, PictureSet
 
 PIXELS = "pixels"
+_MEASURED = 256  # pictures that the scale of latents is measured on where they are not all encoded
 
 
 class ConditionRecipe(Strict):
@@ -72,6 +75,24 @@ class ConditionRecipe(Strict):
     def is_text(self) -> bool:
         """Whether it reads captions."""
         return self.kind in ("minilm", "clip", "joint")
+
+    def outline(self) -> dict[str, Any]:
+        """What a conditioner of this kind is built from, with one class or no word where the data decide."""
+        if self.kind == "minilm":
+            return MiniLM().describe()
+        if self.kind == "clip":
+            return CLIPText(Path(str(self.folder)), hasher=hashes.sha256).describe()
+        if self.kind == "joint":
+            return self.joint(WordVocabulary(())).describe()
+        extra = {"width": self.width} if self.kind == "embedded-label" else {}
+        return {"kind": self.kind, "names": ["any"]} | extra
+
+    def joint(self, words: WordVocabulary) -> JointText:
+        """The text transformer for these words, without weights. Raises `UserError` for unknown keys."""
+        if "vocab_size" in self.network:
+            raise UserError("vocab_size follows from the captions; leave it out")
+        with torch.device("meta"):
+            return JointText(words, TextTransformerConfig.from_dict({**self.network, "vocab_size": words.size}))
 
 
 class LatentModelConfig(Strict):
@@ -112,8 +133,8 @@ class LatentRecipe(Strict):
         return LatentTask(self, data, validation)
 
     def check(self) -> None:
-        """Refuse a codec that cannot be opened and an objective that cannot be. Raises `UserError`."""
-        objective_from(self.objective)
+        """Refuse a codec that cannot be opened, a model or an objective that cannot be built. Raises `UserError`."""
+        objective = objective_from(self.objective)
         for name, condition in self.conditions.items():
             if name == TEXT and not condition.is_text:
                 raise UserError(f"conditions.text reads prompts, so it cannot be of kind {condition.kind!r}")
@@ -126,6 +147,18 @@ class LatentRecipe(Strict):
         stage = self.stage()
         if stage.config.channels != self.data.channels:
             raise UserError(f"the codec takes {stage.config.channels} channels, data.channels is {self.data.channels}")
+        outlines = {name: condition.outline() for name, condition in self.conditions.items()}
+        objective.check(Latent.create(self.model_for(stage, outlines), "meta").denoiser)
+
+    def model_for(self, stage: CodecSystem, conditions: Mapping[str, Mapping[str, Any]]) -> LatentConfig:
+        """The config of the model that this recipe trains; `conditions` is what its conditioners are built from."""
+        values = self.model.model_dump() | {
+            "size": self.data.size,
+            "codec": stage.config.model_dump(),
+            "conditions": dict(conditions),
+            "objective": self.objective,
+        }
+        return parse(LatentConfig, values, "model")
 
     def stage(self) -> CodecSystem:
         """The codec, opened."""
@@ -135,13 +168,15 @@ class LatentRecipe(Strict):
 
 
 def codec_file(path: str) -> Path:
-    """The file that a codec's path means: of a run its finished model.
+    """What a codec's path means: of a run its finished model, else the file, or folder in diffusers' layout, itself.
 
     Raises:
         UserError: when the run is not finished, since the latents' scale is measured at the end.
     """
-    if not Path(path).is_dir():
+    if not Path(path).is_dir() or holds_first_stage(path):
         return Path(path)
+    if (Path(path) / state.AVERAGE).is_file():
+        raise UserError(f"{path} is a checkpoint, whose latents are not measured yet; give the finished run")
     finished = Path(path) / state.MODEL
     if not finished.is_file():
         raise UserError(f"the codec's run {path} is not finished: it has no {state.MODEL}")
@@ -177,6 +212,14 @@ class CachedText:
         return self.conditioner.describe()
 
 
+def _tell(left_out: Iterable[str]) -> None:
+    """Say which captions are left out, if any are."""
+    texts = sorted(set(left_out))
+    if texts:
+        names = ", ".join(repr(text) for text in texts[:3]) + (" …" if len(texts) > 3 else "")
+        print(f"{len(texts)} captions that the text encoder cannot read are left out ({names})")
+
+
 class LatentTask:
     """The trainer's view of a latent diffusion run (see `sfumato.training.trainer.Task`)."""
 
@@ -187,7 +230,8 @@ class LatentTask:
         self._leave_out_unreadable()
         stage = recipe.stage()
         torch.manual_seed(recipe.train.seed)
-        self.model = Latent.create(self._config(stage))
+        conditions = {name: self._described(name, c) for name, c in recipe.conditions.items()}
+        self.model = Latent.create(recipe.model_for(stage, conditions))
         self.model.codec = stage.codec
         self.objective.check(self.model.denoiser)
         self.history = self.objective.history(self.model.denoiser.schedule)
@@ -201,27 +245,14 @@ class LatentTask:
         if stage.codec.network is not None:
             stage.codec.network.eval().requires_grad_(False)
 
-    def _config(self, stage: CodecSystem) -> LatentConfig:
-        recipe = self.recipe
-        values = recipe.model.model_dump() | {
-            "size": recipe.data.size,
-            "codec": stage.config.model_dump(),
-            "conditions": {name: self._described(name, c) for name, c in recipe.conditions.items()},
-            "objective": recipe.objective,
-        }
-        return parse(LatentConfig, values, "model")
-
     def _described(self, name: str, condition: ConditionRecipe) -> dict[str, Any]:
         """What a conditioner is built from, with what the data decide."""
-        if condition.kind == "minilm":
-            return MiniLM().describe()
-        if condition.kind == "clip":
-            return CLIPText(Path(str(condition.folder)), hasher=hashes.sha256).describe()
+        if condition.kind in ("minilm", "clip"):
+            return condition.outline()
         if condition.kind == "joint":
-            words = WordVocabulary.from_texts(sorted(self.captions[id(self.data)].texts()))
-            own = TextTransformerConfig.from_dict({**condition.network, "vocab_size": words.size})
-            return JointText(words, own).describe()
-        names = sorted({str(self._column(self.data, name, i)) for i in range(len(self.data))})
+            return self._joint(condition).describe()
+        sets = [s for s in (self.data, self.validation) if s is not None]
+        names = sorted({str(self._column(pictures, name, i)) for pictures in sets for i in range(len(pictures))})
         extra = {"width": condition.width} if condition.kind == "embedded-label" else {}
         return {"kind": condition.kind, "names": names} | extra
 
@@ -243,10 +274,26 @@ class LatentTask:
         if not any(c.kind == "minilm" for c in self.recipe.conditions.values()):
             return
         pieces = MiniLM().pieces
-        left = sorted({text for captions in self.captions.values() for text in captions.leave_out(pieces.unreadable)})
-        if left:
-            names = ", ".join(repr(text) for text in left[:3]) + (" …" if len(left) > 3 else "")
-            print(f"{len(left)} captions that the text encoder cannot read are left out ({names})")
+        _tell(text for captions in self.captions.values() for text in captions.leave_out(pieces.unreadable))
+
+    def _vocabulary(self) -> WordVocabulary:
+        """Words of the training captions; held-out captions with others are left out, and named."""
+        words = WordVocabulary.from_texts(sorted(self.captions[id(self.data)].texts()))
+        if self.validation is not None:
+            held_out = self.captions[id(self.validation)]
+            _tell(held_out.leave_out(lambda text: list(spelling(text, words.words)), pictures_too=True))
+        return words
+
+    def _joint(self, condition: ConditionRecipe) -> JointText:
+        words = self._vocabulary()
+        encoder = condition.joint(words)
+        for text in sorted(set().union(*(captions.texts() for captions in self.captions.values()))):
+            if (count := len(words.ids(text))) > encoder.max_tokens:
+                raise UserError(
+                    f"the caption {text!r} has {count} tokens; the text encoder reads at most {encoder.max_tokens} "
+                    f"(conditions.{TEXT}.network.max_position_embeddings)"
+                )
+        return encoder
 
     def begin(self, step: int) -> None:
         """Nothing here depends on the step."""
@@ -257,18 +304,22 @@ class LatentTask:
     @cached_property
     def _latents(self) -> dict[int, LatentCache]:
         """Of both sets; empty where augmentation changes the pictures each time."""
-        config = self.data.config
-        if config.flip or config.random_crop or self.recipe.codec == PIXELS:
+        config, codec = self.data.config, self.model.codec
+        if codec.network is None:
             return {}
-        weights = hashes.sha256(codec_file(self.recipe.codec))
         device = next(self.network.parameters()).device
-        network = self.model.codec.network
-        assert network is not None
-        network.to(device)
-        sets = [s for s in (self.data, self.validation) if s is not None]
-        found = {id(s): LatentCache.of(s, self.model.codec, weights, device, print) for s in sets}
-        stage = CodecSystem(self.model.config.codec, self.model.codec)
-        stage.check_scale(found[id(self.data)].deviation(), f"the codec {self.recipe.codec}")
+        codec.network.to(device)
+        found: dict[int, LatentCache] = {}
+        if config.flip or config.random_crop:
+            some = self._encoded(self.data.gather(range(min(_MEASURED, len(self.data)))), device)
+            deviation = LatentCache(some.mean, some.std).deviation()
+        else:
+            path = codec_file(self.recipe.codec)
+            weights = component_sha256(path) if path.is_dir() else hashes.sha256(path)
+            sets = [s for s in (self.data, self.validation) if s is not None]
+            found = {id(s): LatentCache.of(s, codec, weights, device, print) for s in sets}
+            deviation = found[id(self.data)].deviation()
+        CodecSystem(self.model.config.codec, codec).check_scale(deviation, f"the codec {self.recipe.codec}")
         return found
 
     @cached_property
@@ -303,9 +354,11 @@ class LatentTask:
     def _moments(self, pictures: PictureSet, batch: Batch, device: torch.device) -> Moments:
         if (cache := self._latents.get(id(pictures))) is not None:
             return cache.rows(batch.indices)
-        if (network := self.model.codec.network) is not None:
-            network.to(device)
-        with torch.no_grad():
+        return self._encoded(batch, device)
+
+    @torch.no_grad()
+    def _encoded(self, batch: Batch, device: torch.device) -> Moments:
+        with full_precision():
             return self.model.codec.encode(batch.to_float().to(device))
 
     def _entries(

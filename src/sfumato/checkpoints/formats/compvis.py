@@ -1,0 +1,170 @@
+"""The names of latent diffusion's first code base (CompVis), which single files use, for any UNet and autoencoder here.
+
+There a network is one list of numbered blocks; here and in diffusers it is levels of residual blocks, transformers and
+samplers. The tables follow from a network's config.
+
+>>> level = {"down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"]}
+>>> table = unet_map(UNet2DConditionConfig.from_dict({**level, "block_out_channels": [32], "layers_per_block": 1}))
+>>> [(rule.theirs, *rule.ours) for rule in table.rules if rule.theirs.startswith("input_blocks.1.1")]
+[('input_blocks.1.1.{rest}', 'down_blocks.0.attentions.0.{rest}')]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sfumato.checkpoints.keymap import CONVOLVED, KeyMap, Rule
+from sfumato.errors import UserError
+from sfumato.networks.autoencoder import FirstStageConfig, VQConfig
+from sfumato.networks.unet_condition import UNet2DConditionConfig
+
+_RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_MLP = {"0": "linear_1", "2": "linear_2"}
+_STAGE_RESNET = {
+    "norm1": "norm1",
+    "conv1": "conv1",
+    "norm2": "norm2",
+    "conv2": "conv2",
+    "nin_shortcut": "conv_shortcut",
+}
+_STAGE_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+_HAS_TEXT = {"CrossAttnDownBlock2D": True, "DownBlock2D": False, "CrossAttnUpBlock2D": True, "UpBlock2D": False}
+
+
+def _inside(theirs: str, ours: str, names: dict[str, str]) -> Iterator[Rule]:
+    """Rules for the layers of one block."""
+    for a, b in names.items():
+        yield Rule(f"{theirs}.{a}.{{p}}", f"{ours}.{b}.{{p}}")
+
+
+# --- UNet ----------------------------------------------------------------------------------------------------------
+
+
+def unet_map(config: UNet2DConditionConfig) -> KeyMap:
+    """CompVis' names of a UNet, without prefix.
+
+    Raises:
+        UserError: when the network has a part that their layout has no place for.
+    """
+    _check_has_counterpart(config)
+    rules = [
+        *_inside("time_embed", "time_embedding", _MLP),
+        Rule("input_blocks.0.0.{p}", "conv_in.{p}"),
+        *_inside("middle_block.0", "mid_block.resnets.0", _RESNET),
+        Rule("middle_block.1.{rest}", "mid_block.attentions.0.{rest}"),
+        *_inside("middle_block.2", "mid_block.resnets.1", _RESNET),
+        Rule("out.0.{p}", "conv_norm_out.{p}"),
+        Rule("out.2.{p}", "conv_out.{p}"),
+    ]
+    return KeyMap([*rules, *_labels(config), *_down(config), *_up(config)])
+
+
+def _check_has_counterpart(config: UNet2DConditionConfig) -> None:
+    for kind in (*config.down_block_types, *config.up_block_types):
+        if kind not in _HAS_TEXT:
+            raise UserError(f"a block of type {kind!r} has no place in the layout of single files")
+    for name, only in (
+        ("mid_block_type", "UNetMidBlock2DCrossAttn"),
+        ("encoder_hid_dim", None),
+        ("time_cond_proj_dim", None),
+    ):
+        if (value := getattr(config, name)) != only:
+            raise UserError(f"a network with {name} {value!r} has no place in the layout of single files")
+    if config.class_embed_type in ("identity", "simple_projection"):
+        raise UserError(f"class_embed_type {config.class_embed_type!r} has no place in the layout of single files")
+
+
+def _labels(config: UNet2DConditionConfig) -> Iterator[Rule]:
+    """What is added to the embedded time: a table of classes, or an embedded vector."""
+    if config.num_class_embeds is not None:
+        yield Rule("label_emb.{p}", "class_embedding.{p}")
+    if config.class_embed_type is not None:
+        yield from _inside("label_emb.0", "class_embedding", _MLP)
+    if config.addition_embed_type is not None:
+        yield from _inside("label_emb.0", "add_embedding", _MLP)
+
+
+def _down(config: UNet2DConditionConfig) -> Iterator[Rule]:
+    layers, number = config.by_level("layers_per_block"), 1
+    for level, kind in enumerate(config.down_block_types):
+        ours = f"down_blocks.{level}"
+        for layer in range(layers[level]):
+            yield from _inside(f"input_blocks.{number}.0", f"{ours}.resnets.{layer}", _RESNET)
+            if _HAS_TEXT[kind]:
+                yield Rule(f"input_blocks.{number}.1.{{rest}}", f"{ours}.attentions.{layer}.{{rest}}")
+            number += 1
+        if level < len(config.down_block_types) - 1:
+            yield Rule(f"input_blocks.{number}.0.op.{{p}}", f"{ours}.downsamplers.0.conv.{{p}}")
+            number += 1
+
+
+def _up(config: UNet2DConditionConfig) -> Iterator[Rule]:
+    layers, number, last = config.by_level("layers_per_block")[::-1], 0, len(config.up_block_types) - 1
+    for block, kind in enumerate(config.up_block_types):
+        ours = f"up_blocks.{block}"
+        for layer in range(layers[block] + 1):
+            theirs = f"output_blocks.{number}"
+            yield from _inside(f"{theirs}.0", f"{ours}.resnets.{layer}", _RESNET)
+            if _HAS_TEXT[kind]:
+                yield Rule(f"{theirs}.1.{{rest}}", f"{ours}.attentions.{layer}.{{rest}}")
+            if layer == layers[block] and block < last:
+                place = 2 if _HAS_TEXT[kind] else 1
+                yield Rule(f"{theirs}.{place}.conv.{{p}}", f"{ours}.upsamplers.0.conv.{{p}}")
+            number += 1
+
+
+# --- first stages --------------------------------------------------------------------------------------------------
+
+
+def stage_map(config: FirstStageConfig) -> KeyMap:
+    """CompVis' names of an autoencoder, without prefix; its codes too where it has them."""
+    last = len(config.block_out_channels) - 1
+    rules = [Rule("quant_conv.{p}", "quant_conv.{p}"), Rule("post_quant_conv.{p}", "post_quant_conv.{p}")]
+    if isinstance(config, VQConfig):
+        if config.norm_type != "group":
+            raise UserError(f"an autoencoder with norm_type {config.norm_type!r} has no place in single files")
+        rules.append(Rule("quantize.embedding.{p}", "quantize.embedding.{p}"))
+    for half in ("encoder", "decoder"):
+        rules += [
+            Rule(f"{half}.conv_in.{{p}}", f"{half}.conv_in.{{p}}"),
+            Rule(f"{half}.norm_out.{{p}}", f"{half}.conv_norm_out.{{p}}"),
+            Rule(f"{half}.conv_out.{{p}}", f"{half}.conv_out.{{p}}"),
+            *_inside(f"{half}.mid.block_1", f"{half}.mid_block.resnets.0", _STAGE_RESNET),
+            *_inside(f"{half}.mid.block_2", f"{half}.mid_block.resnets.1", _STAGE_RESNET),
+        ]
+        if config.mid_block_add_attention:
+            rules += _stage_attention(f"{half}.mid.attn_1", f"{half}.mid_block.attentions.0")
+    for level in range(last + 1):
+        attention = config.down_block_types[level] == "AttnDownEncoderBlock2D"
+        theirs, ours = f"encoder.down.{level}", f"encoder.down_blocks.{level}"
+        rules += _stage_level(theirs, ours, config.layers_per_block, attention=attention)
+        if level < last:
+            rules.append(Rule(f"{theirs}.downsample.conv.{{p}}", f"{ours}.downsamplers.0.conv.{{p}}"))
+        attention = config.up_block_types[level] == "AttnUpDecoderBlock2D"
+        theirs, ours = f"decoder.up.{last - level}", f"decoder.up_blocks.{level}"
+        rules += _stage_level(theirs, ours, config.layers_per_block + 1, attention=attention)
+        if level < last:
+            rules.append(Rule(f"{theirs}.upsample.conv.{{p}}", f"{ours}.upsamplers.0.conv.{{p}}"))
+    return KeyMap(rules)
+
+
+def _stage_level(theirs: str, ours: str, layers: int, *, attention: bool) -> Iterator[Rule]:
+    for n in range(layers):
+        yield from _inside(f"{theirs}.block.{n}", f"{ours}.resnets.{n}", _STAGE_RESNET)
+        if attention:
+            yield from _stage_attention(f"{theirs}.attn.{n}", f"{ours}.attentions.{n}")
+
+
+def _stage_attention(theirs: str, ours: str) -> Iterator[Rule]:
+    """A self-attention whose linear layers are 1x1 convolutions there."""
+    yield Rule(f"{theirs}.norm.{{p}}", f"{ours}.group_norm.{{p}}")
+    for a, b in _STAGE_ATTENTION.items():
+        yield Rule(f"{theirs}.{a}.weight", f"{ours}.{b}.weight", CONVOLVED)
+        yield Rule(f"{theirs}.{a}.bias", f"{ours}.{b}.bias")

@@ -1,0 +1,226 @@
+"""Tensors of a safetensors file one at a time: seen without being read, read in a wanted type, written as they come.
+
+A file's header gives names, shapes and types; tensors on "meta" stand for them. A tensor is read when it is asked for:
+in its stored type it stays on the disk and is mapped into memory, in another it is read and cast, so that a model in
+memory costs its weights once, plus one tensor. Equal tensors and metadata make equal files.
+
+>>> import tempfile
+>>> path = Path(tempfile.mkdtemp()) / "m.safetensors"
+>>> _ = write_tensors(path, {"a": torch.ones(2, 3), "b": torch.zeros(5, dtype=torch.half)}, {"title": "two"})
+>>> file = TensorFile.open(path)
+>>> file.seen["a"].shape, file.seen["b"].device.type, file.metadata
+(torch.Size([2, 3]), 'meta', {'title': 'two'})
+>>> file.read("b", torch.float32).dtype
+torch.float32
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from io import FileIO
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.checkpoints.io import check_is_file, explain_os_error, read_header, replacing
+from sfumato.errors import ModelFileError, UserError
+
+TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Names of types in a header."""
+_NAMES = {dtype: name for name, dtype in TYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file of which only the header has been read.
+
+    Attributes:
+        path: where it is.
+        seen: names to tensors on "meta" of the stored shape and type.
+        metadata: the header's own texts.
+    """
+
+    path: Path
+    seen: dict[str, Tensor]
+    metadata: dict[str, str]
+    _offsets: dict[str, int] = field(repr=False)
+    _mapped: Any = field(repr=False)
+    _handle: FileIO = field(repr=False)
+    _lock: Lock = field(default_factory=Lock, repr=False)
+
+    @classmethod
+    def open(cls, path: str | Path) -> TensorFile:
+        """Read the header; `ModelFileError` for what is not a sound safetensors file."""
+        path = Path(path)
+        check_is_file(path)
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            header = read_header(path)
+            mapped = safe_open(str(path), framework="pt", device="cpu")  # checks that offsets and sizes fit the file
+            seen = {name: _seen(path, name, entry) for name, entry in header.items() if name != "__metadata__"}
+        except OSError as error:
+            raise ModelFileError(f"{path} cannot be read: {explain_os_error(error)}") from None
+        except (SafetensorError, RuntimeError, ArithmeticError, LookupError, TypeError) as error:
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise ModelFileError(f"{path} is damaged: its header does not fit its content ({reason})") from None
+        handle = path.open("rb", buffering=0)  # stays open, so that the file may be removed from its folder meanwhile
+        start = 8 + struct.unpack("<Q", handle.read(8))[0]
+        offsets = {name: start + header[name]["data_offsets"][0] for name in seen}
+        return cls(path, seen, dict(header.get("__metadata__") or {}), offsets, mapped, handle)
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor, on the CPU.
+
+        Args:
+            name: as in `seen`.
+            dtype: None for the stored type; whole numbers and truth values keep theirs.
+        """
+        stored = self.seen[name]
+        wanted = stored.dtype if dtype is None or not stored.is_floating_point() else dtype
+        try:
+            if wanted == stored.dtype:
+                tensor: Tensor = self._mapped.get_tensor(name)
+                return tensor
+            return self._read_bytes(name).to(wanted)
+        except OSError as error:
+            raise ModelFileError(f"{self.path} cannot be read: {explain_os_error(error)}") from None
+
+    def _read_bytes(self, name: str) -> Tensor:
+        """A tensor in its stored type, in memory of its own."""
+        stored = self.seen[name]
+        tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        if stored.numel():
+            target = _bytes_of(tensor)
+            with self._lock:
+                self._handle.seek(self._offsets[name])
+                done = 0
+                while done < len(target):
+                    got = self._handle.readinto(target[done:])
+                    if not got:
+                        raise ModelFileError(f"{self.path} ends before the tensor {name}")
+                    done += got
+        return tensor
+
+    def number(self, name: str) -> float | None:
+        """The value of a tensor that holds one number; None if there is no such tensor."""
+        if name not in self.seen or self.seen[name].numel() != 1:
+            return None
+        return float(self.read(name).item())
+
+
+class Lazily(Mapping[str, Tensor]):
+    """Tensors of a file under other names, each read when it is asked for."""
+
+    def __init__(self, file: TensorFile, names: Mapping[str, str], dtype: torch.dtype | None) -> None:
+        self._file, self._names, self._dtype = file, names, dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file.read(self._names[name], self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _seen(path: Path, name: str, entry: Any) -> Tensor:
+    """A header's entry as a tensor on "meta"."""
+    if not isinstance(entry, dict) or entry.get("dtype") not in TYPES:
+        kind = entry.get("dtype") if isinstance(entry, dict) else entry
+        raise ModelFileError(f"{path} holds {name} in the type {kind!r}, which is not supported")
+    return torch.empty(entry["shape"], dtype=TYPES[entry["dtype"]], device="meta")
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+def write_tensors(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    value: Callable[[str], Tensor] | None = None,
+) -> str:
+    """Write a safetensors file, one tensor at a time and whole or not at all.
+
+    Args:
+        path: of the file.
+        tensors: what it will hold; with `value`, only their shapes and types matter and they may be on "meta".
+        metadata: of the header; written in the order given.
+        value: gives a tensor when it is its turn.
+
+    Returns:
+        The SHA-256 of the file, hexadecimal.
+
+    Raises:
+        UserError: when it cannot be written; an older file of that name stays as it was.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # keeps every tensor aligned
+    digest = hashlib.sha256()
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        for piece in _pieces(order, tensors, metadata, value):
+            digest.update(piece)
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _pieces(
+    order: list[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    value: Callable[[str], Tensor] | None,
+) -> Iterator[memoryview]:
+    yield memoryview(_header(order, tensors, metadata))
+    for name in order:
+        tensor = (tensors[name] if value is None else value(name)).detach().to("cpu").contiguous()
+        if tensor.dtype != tensors[name].dtype or tensor.shape != tensors[name].shape:
+            raise UserError(f"{name} was to be {tensors[name].dtype} {tuple(tensors[name].shape)}, got another")
+        yield _bytes_of(tensor) if tensor.numel() else memoryview(b"")
+
+
+def _header(order: list[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    place = 0
+    for name in order:
+        tensor = tensors[name]
+        if tensor.dtype not in _NAMES:
+            raise UserError(f"{name} is of type {tensor.dtype}, which a safetensors file cannot hold")
+        end = place + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
