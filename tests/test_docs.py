@@ -2,9 +2,10 @@
 
 The lines of one document run in order in one folder of its own, which holds `pictures/` (1.png, 2.png …), `classes/`
 (the same in two class sub-folders), `captioned/` (with `metadata.jsonl`) and `data.parquet` (with the columns group,
-text and split). They run as printed but for their size: a `train` or `check` line gets the settings `QUICK` appended, and a `generate` line `--steps 2`, which overrule
-their own. Shell lines may continue with a backslash, begin with `$` or with variables, end in a comment, and send
-what they print `> into.file`. Lines of other programs (make, pip, git, accelerate …) are not run.
+text and split). They run as printed but for their size: a `train` or `check` line gets the settings `QUICK` appended,
+and a `generate` line `--steps 2`, which overrule their own. Shell lines may continue with a backslash, begin with `$`
+or with variables, end in a comment, and send what they print `> into.file`. Lines of other programs (make, pip, git,
+accelerate …) are not run.
 
 A translation (`page.zh.md` beside `page.md`) must have the same lines as the original, and is not run again.
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from sfumato import __version__, models
 from sfumato.diffusion.denoiser import Denoiser
@@ -122,14 +121,16 @@ class Model:
         prompts: list[str | None] = [prompt] if prompt is None or isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise UserError("the list of prompts is empty")
-        asked = self._asked([text for text in prompts for _ in range(count)], negative, label)
+        names, texts = self._named(label), [text for text in prompts for _ in range(count)]
+        asked = [Asked(text, negative, names[i % len(names)]) for i, text in enumerate(texts)]
         self._refuse_what_does_not_apply(asked[0], width, height)
         first = secrets.randbelow(2**32) if seed is None else seed
         if not 0 <= first < 2**63 - len(asked):
             raise UserError(f"seed must be at least 0 and below 2^63, got {first}")
         how = Guidance(guidance, guidance_rescale, guidance_interval)
         settings = self._settings(steps, sampler, schedule, how, asked[0], width, height)
-        self.system.conditions(list(dict.fromkeys(asked)))  # refuses words that cannot be read before anything is drawn
+        # refuses words that cannot be read, and labels that no picture comes to, before anything is drawn
+        self.system.conditions(list(dict.fromkeys([*asked, *(Asked(label=name) for name in names)])))
         pictures: list[Image.Image] = []
         for start in range(0, len(asked), _BATCH):
             part = asked[start : start + _BATCH]
@@ -195,14 +196,12 @@ class Model:
             for i, (one, picture) in enumerate(zip(asked, to_pil(x.cpu()), strict=True))
         ]
 
-    def _asked(
-        self, prompts: Sequence[str | None], negative: str | None, label: str | Sequence[str] | None
-    ) -> list[Asked]:
-        """What each picture is to be; labels are taken in turn."""
+    def _named(self, label: str | Sequence[str] | None) -> list[str | None]:
+        """The labels that pictures take in turn."""
         names: list[str | None] = [label] if label is None or isinstance(label, str) else list(label) or [None]
         if [name.casefold() for name in names if name is not None] == ["all"] and self.labels:
-            names = list(self.labels)
-        return [Asked(text, negative, names[i % len(names)]) for i, text in enumerate(prompts)]
+            return list(self.labels)
+        return names
 
     def _settings(
         self,

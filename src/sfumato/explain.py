@@ -279,6 +279,11 @@ def solvers(
     return _solver_figure(found, model.name, spacing), found
 
 
+def kept(errors: Sequence[comparison.Error], budget: int) -> list[comparison.Error]:
+    """Those at this budget that kept to it but for one evaluation; a Runge-Kutta start and DPM adaptive do not."""
+    return [e for e in errors if e.budget == budget and e.evaluations <= budget + 1]
+
+
 def solver_table(found: Mapping[str, Sequence[comparison.Error]], budgets: Sequence[int]) -> str:
     """The errors as a table in Markdown, best first at the middle budget; with a line on which to pick at each budget.
 
@@ -300,9 +305,9 @@ def solver_table(found: Mapping[str, Sequence[comparison.Error]], budgets: Seque
         cells = [f"{values[method][b]:.4f}" if b in values[method] else "" for b in budgets]
         lines.append(f"| {method}{' *' if method in stochastic else ''} | " + " | ".join(cells) + " |")
     for budget in budgets:
-        reached = {m: values[m][budget] for m in ordered if m not in stochastic and budget in values[m]}
+        reached = sorted((e.ode, e.method) for e in kept(found["model"], budget) if e.ode is not None)
         if reached:
-            lines.append(f"{budget} evaluations: {', '.join(sorted(reached, key=reached.__getitem__)[:3])}")
+            lines.append(f"{budget} evaluations: {', '.join(method for _, method in reached[:3])}")
     return "\n".join(lines)
 
 
@@ -354,6 +359,9 @@ def _solver_figure(found: dict[str, list[comparison.Error]], name: str, spacing:
             place.sharey(axes[0])
         for place in axes[len(mine) :]:
             place.axis("off")
+        if row == 2 and len(mine) < len(axes):
+            style: dict[str, Any] = {"va": "top", "fontsize": 7, "linespacing": 1.5, "in_layout": False}
+            axes[len(mine)].text(0, 1, _nearest_at_each_budget(found, name), **style)
         ode = mine[0][2] == "ode"
         axes[0].set_ylabel("distance from the exact solution" if ode else "sliced Wasserstein distance to the data")
     title = f"Solvers on the schedule of {name}, {spacing} grid: error against network evaluations"
@@ -372,7 +380,8 @@ def _solver_panel(axes: Axes, errors: Sequence[comparison.Error], what: str, tit
     alike: dict[tuple[tuple[int, float], ...], list[str]] = {}
     for method, points in curves.items():
         if method in group:
-            alike.setdefault(tuple(sorted(points)), []).append(method)
+            rounded = tuple((count, float(f"{value:.3g}")) for count, value in sorted(points))
+            alike.setdefault(rounded, []).append(method)
         axes.plot(*zip(*sorted(points), strict=True), color="0.85", linewidth=0.7, zorder=0)
     for index, (points, methods) in enumerate(alike.items()):
         style: dict[str, Any] = {"marker": "osD^v<>"[index % 7], "markersize": 3.5, "linewidth": 1.3}
@@ -382,8 +391,22 @@ def _solver_panel(axes: Axes, errors: Sequence[comparison.Error], what: str, tit
     counts = sorted({e.budget for e in errors})
     axes.set_xticks(counts, [str(count) for count in counts], minor=False)
     axes.set_xticks([], minor=True)
-    values = [value for points in curves.values() for _, value in points]
-    axes.set_ylim(min(values) / 1.3, min(max(values), 2.0) * 1.3)  # beyond it a picture is lost
+    values = sorted(value for points in curves.values() for _, value in points)
+    axes.set_ylim(values[0] / 1.3, 8 * values[int(0.75 * len(values))])  # room for the names; the worst run out of it
     axes.set_title(title, fontsize=9)
-    axes.tick_params(labelsize=7)
-    axes.legend(fontsize=6.5, loc="lower left", framealpha=0.7)
+    axes.tick_params(which="both", labelsize=7)
+    axes.legend(fontsize=6.5, loc="upper right", ncols=2, frameon=False)
+
+
+def _nearest_at_each_budget(found: Mapping[str, Sequence[comparison.Error]], name: str) -> str:
+    """The best methods that keep to each budget: deterministic ones on the model, stochastic ones on the mixture."""
+    lines = []
+    for budget in sorted({e.budget for e in found["model"]}):
+        exact = sorted((e.ode, e.method) for e in kept(found["model"], budget) if e.ode is not None)
+        drawn = [e for e in kept(found["mixture"], budget) if e.ode is None and e.distribution is not None]
+        likely = sorted((e.distribution or 0.0, e.method) for e in drawn)
+        lines.append(f"{budget} evaluations")
+        for where, best in ((name, exact[:3]), ("mixture, with noise", likely[:2])):
+            if best:
+                lines.append(f"   {where}: {', '.join(method for _, method in best)}")
+    return "\n".join(lines)

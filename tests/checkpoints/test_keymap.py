@@ -24,6 +24,7 @@ TABLE = KeyMap(
     [
         Rule("in.{n}.conv.{p}", "down.{n}.op.{p}"),
         Rule("in.0.special.{rest}", "head.{rest}"),
+        Rule("{p}.of.{n}.x", "{n}.{p}"),
         Rule("mid.{n}.in_proj_{p}", ("mid.{n}.q.{p}", "mid.{n}.k.{p}", "mid.{n}.v.{p}"), THIRDS),
         Rule("mid.{n}.out.weight", "mid.{n}.out.weight", CONVOLVED),
         Rule("projection", "projection.weight", TRANSPOSED),
@@ -39,6 +40,7 @@ def test_both_ways_give_back_every_bit(data: st.DataObject) -> None:
     theirs = {
         f"in.{n}.conv.weight": torch.randn(a, b, 3, 3, generator=seed),
         "in.0.special.deep.er.bias": torch.randn(a, generator=seed),
+        f"bias.of.{n}.x": torch.randn(a, generator=seed),
         f"mid.{n}.in_proj_weight": torch.randn(3 * a, b, generator=seed),
         f"mid.{n}.in_proj_bias": torch.randn(3 * a, generator=seed),
         f"mid.{n}.out.weight": torch.randn(a, b, 1, 1, generator=seed),
@@ -46,7 +48,7 @@ def test_both_ways_give_back_every_bit(data: st.DataObject) -> None:
     }
     names = data.draw(st.permutations(list(theirs)))
     ours, unmatched = TABLE.to_ours({name: theirs[name] for name in names})
-    assert not unmatched and len(ours) == 10
+    assert not unmatched and len(ours) == 11
     assert ours["projection.weight"].shape == (b, a) and ours["projection.weight"].is_contiguous()
     assert ours[f"mid.{n}.out.weight"].shape == (a, b)
     assert torch.equal(ours[f"mid.{n}.k.weight"], theirs[f"mid.{n}.in_proj_weight"][a : 2 * a])
@@ -65,7 +67,8 @@ def test_meta_tensors_go_through() -> None:
 
 def test_fields_mean_what_they_say() -> None:
     one = torch.ones(1)
-    unknown = ["in.x.conv.weight", "in.1.conv.a.b", "in.1.conv.", "in.1.conv", "xin.1.conv.weight", "in.0.special."]
+    unknown = ["in.x.conv.weight", "in.1.conv.a.b", "in.1.conv.", "in.1.conv", "xin.1.conv.weight"]
+    unknown += ["in.0.special.", "a.b.of.1.x", "in", "", "in.-1.conv.weight"]
     assert TABLE.to_ours(dict.fromkeys(unknown, one)) == ({}, unknown)
     assert not any(TABLE.knows(name) for name in unknown) and TABLE.knows("in.12.conv.weight")
 

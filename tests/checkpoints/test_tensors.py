@@ -131,6 +131,7 @@ def file_of(header: object, data: bytes = b"") -> bytes:
         (file_of({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}, bytes(8)), "damaged"),
         (file_of({"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}, bytes(1)), "damaged|not supported"),
         (file_of({"a": 3}), "damaged|not supported"),
+        (file_of({"a\n\x1b[2J": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}, bytes(1)), "cannot be printed"),
         (file_of(b"{nonsense"), "damaged"),
         (b"", "not a safetensors file"),
         (b"GIF89a and so on", "not a safetensors file"),

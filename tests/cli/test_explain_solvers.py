@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from sfumato.diffusion.schedule import TableSchedule, cosine_alpha_bar
-from sfumato.evaluation.solvers import compare, mixture
+from sfumato.diffusion.solvers import SOLVERS
+from sfumato.evaluation.solvers import Error, compare, mixture
+from sfumato.explain import FAMILIES, family, kept
 from sfumato.random import NoiseSource
 
 from .. import tiny
@@ -60,3 +62,24 @@ def test_more_evaluations_bring_a_solver_nearer() -> None:
         few, many = by[method, 10], by[method, 40]
         assert many.ode is not None and few.ode is not None and many.ode < few.ode / 2
     assert by["dpmpp_2m", 40].ode < by["euler", 40].ode  # type: ignore[operator]
+
+
+def test_every_sampler_has_its_panel_and_one_without_a_family_has_one_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {family(name) for name in SOLVERS} == set(FAMILIES)
+    assert [family(name) for name in ("dpm_2", "dpm_2_ancestral", "dpm_2m", "dpmpp_2m")] == [
+        "Euler, Heun, DPM2", "ancestral", "DPM-Solver", "DPM-Solver++, UniPC",
+    ]  # fmt: skip
+    monkeypatch.delitem(FAMILIES, "SDE")
+    assert family("sa_solver") == "others"
+
+
+def test_only_what_keeps_to_its_budget_is_recommended() -> None:
+    errors = [Error("a", 8, made, 0.1, None) for made in (7, 8, 9, 14)] + [Error("b", 20, 8, 0.1, None)]
+    assert [e.evaluations for e in kept(errors, 8)] == [7, 8, 9]
+
+
+def test_a_stochastic_solver_is_left_out_without_data() -> None:
+    data, path = mixture(), TableSchedule(cosine_alpha_bar())
+    found = compare(data, path, lambda: NoiseSource(range(4), (2,)), spacing="trailing", budgets=(4,),
+                    names=("euler_ancestral", "euler"))  # fmt: skip
+    assert [e.method for e in found] == ["euler"]

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sfumato.conditioners.clip import CLIPText, windows
+from sfumato.conditioners.prompt import Reading
 from sfumato.errors import ModelFileError, UserError
 
 from . import encoders
@@ -87,6 +88,32 @@ def test_more_windows_than_allowed(folder: Path) -> None:
         CLIPText(folder, max_windows=2).states(["cat " * 17])
     with pytest.raises(UserError, match="max_windows must be 1 or more, got 0"):
         CLIPText(folder, max_windows=0)
+
+
+def test_texts_are_captions_unless_told(folder: Path) -> None:
+    """Brackets and BREAK are words of a caption, and grammar of a prompt."""
+    encoder = CLIPText(folder)
+    text = "red cat, !heart"
+    plain = encoder.states([text])[0]
+    assert torch.equal(CLIPText(folder, reading=Reading("a1111")).states([text])[0], plain)
+    encoder.reading = Reading("a1111")
+    weighted = encoder.states(["red (cat:1.5)"])[0]
+    z = tower_states([[START, RED, CAT, *[END] * 7]])[0]
+    scaled = z * torch.tensor([1, 1, 1.5, *[1] * 7])[:, None]
+    torch.testing.assert_close(weighted, scaled * (z.mean() / scaled.mean()))
+    assert len(encoder.states(["cat BREAK red"])[0]) == 20
+    assert encoder.prompts().describe_tokens("(cat:1.5)").splitlines()[1] == f"  cat: {CAT} (x 1.5)"
+    assert encoder.describe() == CLIPText(folder).describe()
+
+
+def test_the_lower_limit_of_windows_holds(folder: Path) -> None:
+    for encoder in (
+        CLIPText(folder, max_windows=3, reading=Reading("a1111", max_windows=1)),
+        CLIPText(folder, max_windows=1, reading=Reading("a1111", max_windows=3)),
+        CLIPText(folder, max_windows=1, reading=Reading("a1111")),
+    ):
+        with pytest.raises(UserError, match="has 9 tokens; the text encoder reads at most 8$"):
+            encoder.states(["cat " * 9])
 
 
 def test_half_precision_files_run_in_float32(tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
 """Every solver with every parameterization, schedule, learned variance and grid: what converges, and what does not.
 
 A cell converges when its error at 64 steps is at most half that at 16, and at most 0.05, in units of pictures that run
-from -1 to 1. Three more count, all within 0.05 at 64: where the bias of the grid's last step, which no method can avoid,
-is most of what is left; where both errors are below 0.001, an eighth of a level of an 8-bit picture, so that it has
-converged before 16; and LCM, whose number of steps is no discretisation. `product_exceptions.tsv` lists the cells that do
-not, with their errors: mostly SDE methods of several steps on grids whose last step is a jump (linspace, leading), and
-first-order stochastic methods on grids that are dense at one end, which need more than 64 steps for an error of 0.05.
+from -1 to 1. Three more count, all within 0.05 at 64: where most of what is left is the bias of the grid's last step,
+which no method can avoid; where both errors are below 0.001, an eighth of a level of an 8-bit picture, so that it has
+converged before 16; and LCM, whose number of steps is no discretisation. `product_exceptions.tsv` lists the cells that
+do not, with their errors: mostly SDE methods of several steps on grids whose last step is a jump (linspace, leading),
+and first-order stochastic methods on grids that are dense at one end, which need more than 64 steps to be within 0.05.
 Parameterizations go side by side (`product_cases`).
 """
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from sfumato.errors import ModelFileError, UserError
 from sfumato.evaluation import features as features_module
 from sfumato.evaluation.features import efficientnet_lite0, efficientnet_lite2, extract
-from sfumato.evaluation.kid import frechet_distance, frechet_of_gaussians, kid, nearest_neighbours
+from sfumato.evaluation.kid import Reference, frechet_distance, frechet_of_gaussians, kid, nearest_neighbours
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -72,6 +72,17 @@ def test_halves_of_one_law_are_close_to_zero(count: int, size: int | None) -> No
     x = normal(count, 8)
     value, deviation = kid(x[::2], x[1::2], subsets=40, subset_size=size)
     assert deviation > 0 and abs(value) < 3 * deviation
+
+
+def test_one_reference_for_many_sets() -> None:
+    """The same distances, and deviations of the same size from other resamplings."""
+    b = normal(120, 4)
+    reference = Reference(b)
+    for a in (normal(40, 4, seed=1), normal(60, 4, seed=2) + 1):
+        once, many = kid(a, b), reference.kid(a)
+        assert many[0] == pytest.approx(once[0], rel=1e-12) and many[1] == pytest.approx(once[1], rel=0.3)
+    with pytest.raises(UserError, match="at least 2 subsets"):
+        Reference(b, subsets=1)
 
 
 def test_a_shift_raises_it() -> None:

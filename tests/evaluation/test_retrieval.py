@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.evaluation.retrieval import candidates, first_is_nearest, prompt, retrieved, style_told
+from sfumato.evaluation.retrieval import Views, candidates, first_is_nearest, prompt, retrieved, style_told
 from sfumato.random import derived_seed
 
 TEXTS = [f"thing {i}" for i in range(150)]
@@ -64,6 +64,31 @@ def test_the_others_depend_on_caption_and_seed_alone() -> None:
     assert found == candidates("thing 3", "noto", turned)
     assert found != candidates("thing 3", "noto", KNOWN, seed=1)
     assert set(found[1:]) != set(candidates("thing 4", "noto", KNOWN)[1:])
+
+
+def test_views_are_moved_by_a_sixteenth() -> None:
+    """A matcher that tells where the one dark pixel is: the mean of nine places is the middle one."""
+    seen: list[tuple[int, int]] = []
+
+    class Place(Perfect):
+        def pictures(self, pictures: Tensor) -> Tensor:
+            at = (pictures[0, 0] == 0).nonzero()[0].tolist()
+            seen.append((at[0], at[1]))
+            return torch.tensor([[float(at[0]), float(at[1]), 0.0]])
+
+    picture = torch.full((1, 3, 32, 48), 255, dtype=torch.uint8)
+    picture[:, :, 12, 20] = 0
+    found = Views(Place()).pictures(picture)
+    assert sorted(seen) == [(y, x) for y in (10, 12, 14) for x in (17, 20, 23)]
+    assert torch.allclose(found, torch.nn.functional.normalize(torch.tensor([[12.0, 20.0, 0.0]]), dim=1))
+
+
+def test_views_read_a_caption_once() -> None:
+    matcher = Perfect()
+    views = Views(matcher)
+    first, again = views.captions(["a", "b", "a"]), views.captions(["c", "b"])
+    assert matcher.read == ["a", "b", "c"]
+    assert torch.equal(first, matcher.captions(["a", "b", "a"])) and torch.equal(again, matcher.captions(["c", "b"]))
 
 
 def test_too_few_are_refused() -> None:

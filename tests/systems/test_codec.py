@@ -104,7 +104,8 @@ def test_vq_latents_get_one_scale_and_keep_their_codes() -> None:
             for s in (before, after)
         ]
     assert torch.equal(codes[0], codes[1]) and len(codes[0].unique()) > 1
-    assert after.codec.scale == pytest.approx(1 / float((std.square().mean() + mean.var(correction=0)).sqrt()), rel=1e-4)
+    whole = float((std.square().mean() + mean.var(correction=0)).sqrt())
+    assert after.codec.scale == pytest.approx(1 / whole, rel=1e-4)
     torch.testing.assert_close(there_and_back(after), expected)
 
 
@@ -125,7 +126,7 @@ def test_a_wrong_scale_is_refused_with_the_right_one(std: float) -> None:
     [
         ({"kind": "kl", "size": 16, "netwrok": {}}, r"unknown key 'netwrok' \(did you mean 'network'\?\)"),
         ({"kind": "lk", "size": 16}, "kind: .*'lk'"),
-        ({"kind": "kl", "size": 16, "network": {"in_channels": 3}}, "network.in_channels follows from size and channels"),
+        ({"kind": "kl", "size": 16, "network": {"in_channels": 3}}, "network.in_channels follows from size and"),
         ({"kind": "kl", "size": 16, "network": {"latent_chanels": 3}}, "did you mean 'latent_channels'"),
         ({"kind": "vq", "size": 16, "network": {"shift_factor": 3}}, "unknown autoencoder key 'shift_factor'"),
         ({"kind": "kl", "size": 16, "network": {"norm_num_groups": 0}}, "norm_num_groups"),

@@ -15,10 +15,11 @@ from sfumato.conditioners.joint import JointText, TextTransformerConfig, WordVoc
 from sfumato.errors import ModelFileError, UserError
 from sfumato.networks.autoencoder import VQModel
 from sfumato.systems import Opened, open_as, open_system
-from sfumato.systems.codec import CodecConfig, CodecSystem
+from sfumato.systems.codec import CodecConfig, CodecSystem, standardised
 from sfumato.systems.ddpm import DDPM
 from sfumato.systems.exchange import CONDITIONER, OWN, Exchanged, holds_first_stage, save_folder
 from sfumato.systems.latent import Latent, LatentConfig
+from sfumato.training.data import open_data
 from sfumato.training.recipes.latent import LatentRecipe
 
 from .. import tiny
@@ -291,6 +292,25 @@ def test_the_attention_names_of_the_first_releases_are_read(tmp_path: Path) -> N
     save_file(renamed, weights)
     found = open_as(CodecSystem, tmp_path / "stage").tensors()
     assert all(torch.equal(found[name], tensor) for name, tensor in stage.tensors().items())
+
+
+def test_a_run_on_a_first_stage_from_a_folder_caches_its_latents(tmp_path: Path) -> None:
+    data = {"path": str(tiny.write_captioned(tmp_path / "pictures", count=8)), "size": 16}
+    config = codec().config.with_network(scaling_factor=1.0)
+    stage = CodecSystem.load(config, codec().tensors(), what="the codec")
+    pictures = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        found = stage.codec.encode(pictures)
+    assert found.std is not None
+    deviation = (found.mean.var((0, 2, 3)) + found.std.square().mean()).sqrt()
+    stage = standardised(stage, found.mean.mean((0, 2, 3)), deviation)
+    save_folder(stage, tmp_path / "stage")
+    values: dict[str, Any] = {"data": data, "codec": str(tmp_path / "stage"), "conditions": {}}
+    recipe = LatentRecipe(**values, model={"network": PLAIN})  # type: ignore[arg-type]
+    task = recipe.task(*open_data(recipe.data))
+    cache = task._latents[id(task.data)]
+    assert cache.mean.shape == (len(task.data), 4, 8, 8) and 0.5 < cache.deviation() < 2
+    assert task.model.config.codec == stage.config
 
 
 def test_a_recipe_takes_a_first_stage_from_a_folder(tmp_path: Path) -> None:

@@ -86,12 +86,14 @@ def autoencoder_recipe(values: dict[str, Any]) -> AutoencoderRecipe:
     return recipe
 
 
-def latent_settings(data: Path, codec: str | Path, *, train: dict[str, Any] | None = None, **own: Any) -> dict[str, Any]:
+def latent_settings(
+    pictures: Path, stage: str | Path, *, train: dict[str, Any] | None = None, **own: Any
+) -> dict[str, Any]:
     """A latent recipe as plain values; without conditions unless asked for."""
     return {
         "recipe": "latent",
-        "data": {"path": str(data), "size": 16},
-        "codec": str(codec),
+        "data": {"path": str(pictures), "size": 16},
+        "codec": str(stage),
         "conditions": {},
         "model": {
             "network": CROSS if "text" in own.get("conditions", {}) else PLAIN,

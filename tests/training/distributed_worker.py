@@ -22,8 +22,12 @@ from sfumato.systems.config import parse
 from sfumato.training import run, state
 from sfumato.training.config import TrainConfig
 from sfumato.training.data import Batch, DataConfig, open_data
+from sfumato.training.recipes.autoencoder import AutoencoderRecipe
 from sfumato.training.recipes.ddpm import DDPMRecipe
 from sfumato.training.trainer import Trainer
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.training.codec_cases import GAN, codec_settings, everything  # noqa: E402
 
 RANK = int(os.environ.get("RANK", "0"))
 CPU = torch.device("cpu")
@@ -125,6 +129,28 @@ def adaptive(out: Path) -> None:
         save_file(trainer.history.tensors(), out / f"adaptive-{name}-{RANK}.safetensors")
 
 
+def first_stage(out: Path) -> None:
+    """Train a codebook alone, and one with discriminator and restarts, at once and in two halves."""
+    folder = json.loads((out / "recipe.json").read_text())["data"]["path"]
+    train: dict[str, Any] = {"batch": 8, "accumulate": 2, "steps": 4, "save_every": 2}
+    train["optimizer"] = {"schedule": "constant", "warmup": 0}
+    for name, ends, more in (
+        ("alone", (4,), {}),
+        ("judged", (4,), {"discriminator": GAN, "restart": {"every": 1, "until": 1.0}}),
+        ("halves", (2, 4), {"discriminator": GAN, "restart": {"every": 1, "until": 1.0}}),
+    ):
+        values = codec_settings(Path(folder), "vq", data={"upscale": True}, train=train, **more)
+        for steps in ends:
+            recipe = parse(AutoencoderRecipe, values, "recipe")
+            trainer = Trainer(recipe.task(*open_data(recipe.data)), recipe.train, out / f"codec-{name}", CPU)
+            if steps != ends[0]:
+                trainer.resume(state.newest(trainer.run) or out)
+            trainer.config = recipe.train.model_copy(update={"steps": steps})
+            trainer.train()
+        found = {n: t.contiguous() for n, t in everything(trainer).items()}
+        save_file(found, out / f"codec-{name}-{RANK}.safetensors")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     pictures_, out_ = Path(sys.argv[1]), Path(sys.argv[2])
@@ -133,3 +159,4 @@ if __name__ == "__main__":
     line(pictures_, out_, "poisoned", poisoned=(int(os.environ.get("WORLD_SIZE", "1")) - 1, 5))
     ddpm(out_)
     adaptive(out_)
+    first_stage(out_)

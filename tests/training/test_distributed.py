@@ -126,6 +126,28 @@ def test_importance_sampling_is_the_same_in_all_processes_and_goes_on(outs: dict
             assert all(torch.equal(other[n], found[0][n]) for n in found[0])
 
 
+@pytest.mark.parametrize("name", ["alone", "judged", "halves"])
+def test_a_first_stage_is_alike_in_all_processes(outs: dict[int, Path], name: str) -> None:
+    """Weights, discriminator, both optimizers, and the counts of codes, which are those of all processes."""
+    left, right = (load_file(outs[2] / f"codec-{name}-{rank}.safetensors") for rank in (0, 1))
+    assert left.keys() == right.keys() and any(n.startswith("opponent ") for n in left) == (name != "alone")
+    assert [n for n in left if not torch.equal(left[n], right[n])] == []
+
+
+def test_a_codebook_learns_as_in_one_process(outs: dict[int, Path]) -> None:
+    alone, together = (load_file(outs[world] / "codec-alone-0.safetensors") for world in (1, 2))
+    assert int(alone["memory code_counts"].sum()) == 4 * 8 * 64
+    assert torch.equal(alone["memory code_counts"], together["memory code_counts"])
+    for name in (n for n in alone if n.startswith("weights ")):
+        torch.testing.assert_close(together[name], alone[name], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_first_stage_goes_on_bit_for_bit(outs: dict[int, Path], world: int) -> None:
+    straight, halves = (load_file(outs[world] / f"codec-{name}-0.safetensors") for name in ("judged", "halves"))
+    assert [n for n in straight if not torch.equal(straight[n], halves[n])] == []
+
+
 def test_the_command_itself_trains_together(tmp_path: Path) -> None:
     """Launched twice on a machine without a GPU, without a word on the device: one run, not two."""
     write_pictures(tmp_path / "pictures", 12)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from string import Formatter
 
 import torch
@@ -64,6 +65,8 @@ TRANSPOSED = Via(lambda t: (t.T.contiguous(),), lambda ours: ours[0].T.contiguou
 """(C, D) <-> (D, C)."""
 CONVOLVED = Via(_unconvolved, lambda ours: ours[0][..., None, None])
 """The weight of a 1x1 convolution, (C, D, 1, 1) <-> a linear layer's, (C, D)."""
+FLATTENED = Via(_unconvolved, lambda ours: ours[0])
+"""The same where they keep a linear layer's weight by now: it is written as (C, D)."""
 THIRDS = Via(_thirds, lambda ours: torch.cat(ours))
 """One tensor with the rows of q, k and v <-> the three."""
 
@@ -87,7 +90,7 @@ class Rule:
     def __init__(self, theirs: str, ours: str | tuple[str, ...], via: Via = SAME) -> None:
         names = (ours,) if isinstance(ours, str) else ours
         patterns = tuple(_Pattern.read(name) for name in (theirs, *names))
-        if len({pattern.fields for pattern in patterns}) != 1:
+        if len({frozenset(pattern.fields) for pattern in patterns}) != 1:
             raise ValueError(f"the names of a rule must have the same fields, got {theirs!r} and {', '.join(names)}")
         values = {"theirs": theirs, "ours": names, "via": via, "_theirs": patterns[0], "_ours": patterns[1:]}
         for name, value in values.items():
@@ -96,27 +99,50 @@ class Rule:
 
 @dataclass(frozen=True)
 class _Pattern:
-    """A name with fields, ready to be compared and filled in."""
+    """A name with fields, ready to be compared and filled in: `literals` with `fields` between them."""
 
     text: str
-    start: str  # what every name begins with
-    fields: frozenset[str]
-    expression: re.Pattern[str]
+    literals: tuple[str, ...]
+    fields: tuple[str, ...]
 
     @classmethod
     def read(cls, text: str) -> _Pattern:
         parts = list(Formatter().parse(text))
-        fields = [name for _, name, _, _ in parts if name is not None]
+        fields = tuple(name for _, name, _, _ in parts if name is not None)
         if unknown := [name for name in fields if name not in FIELDS]:
             raise ValueError(f"a name has the unknown field {{{unknown[0]}}}; known: {', '.join(FIELDS)}")
-        expression = "".join(
-            re.escape(literal) + (f"(?P<{name}>{FIELDS[name]})" if name is not None else "")
-            for literal, name, _, _ in parts
-        )
-        return cls(text, parts[0][0] if parts else "", frozenset(fields), re.compile(expression))
+        literals = tuple(literal for literal, _, _, _ in parts)
+        return cls(text, literals if len(literals) > len(fields) else (*literals, ""), fields)
+
+    @property
+    def start(self) -> str:
+        """What every name begins with."""
+        return self.literals[0]
+
+    def fit(self, name: str) -> dict[str, str] | None:
+        """What the fields stand for in a name; None where it does not fit."""
+        if not self.fields:
+            return {} if name == self.text else None
+        if len(self.fields) == 1:  # as nearly all are; compiling an expression for each would be slow
+            (start, end), (field,) = self.literals, self.fields
+            inner = name[len(start) : len(name) - len(end)]
+            fits = name.startswith(start) and name.endswith(end) and _FIELDS[field].fullmatch(inner)
+            return {field: inner} if fits else None
+        found = _expression(self.literals, self.fields).fullmatch(name)
+        return None if found is None else found.groupdict()
 
     def filled(self, values: Mapping[str, str]) -> str:
+        """The name, with the fields' values."""
         return self.text.format_map(values)
+
+
+_FIELDS = {name: re.compile(expression) for name, expression in FIELDS.items()}
+
+
+@cache
+def _expression(literals: tuple[str, ...], fields: tuple[str, ...]) -> re.Pattern[str]:
+    named = [f"(?P<{name}>{FIELDS[name]})" for name in fields]
+    return re.compile("".join(re.escape(a) + b for a, b in zip(literals, [*named, ""], strict=True)))
 
 
 class _Index:
@@ -132,8 +158,8 @@ class _Index:
         """(rule, which of its names, fields); the rule that spells out most of the name's beginning goes first."""
         for length in self._lengths:
             for pattern, (rule, part) in self._by_start.get(name[:length], ()) if length <= len(name) else ():
-                if (found := pattern.expression.fullmatch(name)) is not None:
-                    return rule, part, found.groupdict()
+                if (found := pattern.fit(name)) is not None:
+                    return rule, part, found
         return None
 
 

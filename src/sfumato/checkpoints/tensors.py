@@ -83,6 +83,8 @@ class TensorFile:
             header = read_header(path)
             mapped = safe_open(str(path), framework="pt", device="cpu")  # checks that offsets and sizes fit the file
             seen = {name: _seen(path, name, entry) for name, entry in header.items() if name != "__metadata__"}
+            if not all(name.isprintable() for name in seen):
+                raise ModelFileError(f"{path} is damaged: a tensor's name cannot be printed")
         except OSError as error:
             raise ModelFileError(f"{path} cannot be read: {explain_os_error(error)}") from None
         except (SafetensorError, RuntimeError, ArithmeticError, LookupError, TypeError) as error:

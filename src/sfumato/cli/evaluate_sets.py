@@ -141,6 +141,7 @@ def codec(
     true = ruler.held_out.pictures
     other = reconstructed(_reconstruct(stage, device), true, batch, _progress)
     row = reconstruction(true, other, _maps(ruler.judge)) | ruler.row([other])
+    row |= _codes(stage, ruler.train.pictures, batch, device)
     _tell({"codec": row, "real": ruler.row([true])}, {"model": model, "model_sha256": sha256} | settings, as_json)
 
 
@@ -201,6 +202,7 @@ def _ruler_of(
     from sfumato import api
     from sfumato.evaluation.captioned import Ruler
     from sfumato.evaluation.judge import judge
+    from sfumato.evaluation.retrieval import Views
 
     place = api.choose_device(device)
     chosen = judge(features, place)
@@ -208,7 +210,7 @@ def _ruler_of(
     if matcher is not None and (train.texts is None or held_out.texts is None):
         raise UserError(f"--clip needs captions, but {str(data)!r} has none (column {columns['caption']!r})")
     print(f"measuring {len(train)} training and {len(held_out)} held-out pictures", file=sys.stderr, flush=True)
-    ruler = Ruler.of(chosen, train, held_out, matcher, candidates=candidates, seed=seed)
+    ruler = Ruler.of(chosen, train, held_out, matcher and Views(matcher), candidates=candidates, seed=seed)
     settings = {
         "data": str(data), **columns, "size": int(train.pictures.shape[-1]), "seed": seed,
         "judge": chosen.name, "judge_sha256": chosen.network.sha256,
@@ -340,6 +342,27 @@ def _reconstruct(codec: Codec, device: str) -> Reconstruct:
         return _bytes(codec.decode(codec.encode(x).mean))
 
     return there_and_back
+
+
+def _codes(codec: Codec, pictures: Tensor, batch: int, device: str) -> Row:
+    """How many codes of a codebook training pictures use, and how evenly; nothing for other codecs."""
+    import torch
+
+    from sfumato import api
+    from sfumato.codecs import VQCodec
+    from sfumato.evaluation.figures import Figure
+    from sfumato.networks.vq import code_counts, perplexity
+
+    if not isinstance(codec, VQCodec):
+        return {}
+    place, size = api.choose_device(device), codec.network.config.num_vq_embeddings
+    counts = torch.zeros(size, dtype=torch.int64)
+    with torch.no_grad():
+        for part in torch.split(pictures, batch):
+            h = codec.network.encode(part.to(place, torch.float32) / 127.5 - 1)
+            counts += code_counts(codec.network.quantize(h).codes, size).cpu()
+    used = Figure(float((counts > 0).sum()))
+    return {"codes": Figure(float(size)), "codes used in training": used, "perplexity": Figure(perplexity(counts))}
 
 
 def _drawer(opened: Model, options: dict[str, Any]) -> Draw:

@@ -23,7 +23,7 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings, e.g. train.steps=500.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of pictures, or a parquet file.")] = None,
     codec: Annotated[
-        Path | None, typer.Option(help="For latent diffusion: a first stage's run (whose data are taken) or model file.")
+        Path | None, typer.Option(help="For latent diffusion: a first stage's run (with its data) or model file.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder.")] = None,
     resume: Annotated[str, typer.Option(help="auto, never, or the checkpoint or run to start from.")] = "auto",
@@ -36,7 +36,8 @@ def train(
     from sfumato.training import recipes, run
 
     extra = ["data.skip_bad=true"] if skip_bad else []
-    loaded = recipes.load(recipe, [*(overrides or []), *extra], *(str(p) if p is not None else None for p in (data, codec)))
+    paths = (str(path) if path is not None else None for path in (data, codec))
+    loaded = recipes.load(recipe, [*(overrides or []), *extra], *paths)
     if print_config:
         print(run.dump(loaded), end="")
         return

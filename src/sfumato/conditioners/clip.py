@@ -1,8 +1,8 @@
 """CLIP's text tower as a frozen encoder, from a folder in the layout of diffusers or transformers (Radford 2021).
 
 The states are those of Stable Diffusion: every window of 77 tokens is `[start, up to 75 of the text, end, padding …]`,
-padding included, because the padding's states are part of what such models were trained on (Stable Diffusion 1 pads with
-the end mark, 2 with id 0). A longer text is read in several windows one after the other; nothing is cut off.
+padding included, because the padding's states are part of what such models were trained on (Stable Diffusion 1 pads
+with the end mark, 2 with id 0). A longer text is read in several windows one after the other; nothing is cut off.
 
 `PromptEncoder` reads prompts with a tokenizer and a tower in memory, weights and all (`prompt.py`); `CLIPText` is the
 same from a folder, and by default takes a text as it stands, as captions are.
@@ -105,6 +105,7 @@ class PromptStates:
 
 
 Row = tuple[tuple[int, ...], tuple[int, ...]]  # a window's ids, and 1 where they are seen, 0 where hidden
+Ran = dict[Row, tuple[Tensor, Tensor]]  # its states and pooled output
 
 
 class PromptEncoder:
@@ -206,7 +207,7 @@ class PromptEncoder:
         needs_empty = reading.dialect in ("comfy", "compel") and any(_weighty(tokens) for tokens in read)
         empty = [self._row(())] if needs_empty else []
         ran = self._run_all([*empty, *(row for plan in plans for variant in plan for row in variant)])
-        z_empty = ran[empty[0]][0] if needs_empty else torch.empty(0)
+        z_empty = ran[empty[0]][0] if empty else torch.empty(0)
         return [self._combine(*one, reading.dialect, ran, z_empty) for one in zip(read, plans, strict=True)]
 
     def _row(self, window: Sequence[Token], hidden: int | None = None) -> Row:
@@ -224,12 +225,13 @@ class PromptEncoder:
         return [[self._row(window, one) for window in tokens.windows] for one in hidden]
 
     def _combine(
-        self, tokens: PromptTokens, plan: list[list[Row]], dialect: str, ran: Mapping[Row, tuple[Tensor, Tensor]], empty: Tensor
+        self, tokens: PromptTokens, plan: list[list[Row]], dialect: str, ran: Ran, empty: Tensor
     ) -> PromptStates:
+        """Weights applied to the states of the plan's windows."""
         pooled = ran[plan[0][0]][1]
         variants = [torch.stack([ran[row][0] for row in variant]) for variant in plan]
         if _weighty(tokens):
-            weights = torch.ones(variants[0].shape[:2], device=empty.device)
+            weights = torch.ones(variants[0].shape[:2], device=variants[0].device)
             for row, window in zip(weights, tokens.windows, strict=True):
                 row[1 : 1 + len(window)] = torch.tensor([t.weight for t in window])
             if dialect == "a1111":
@@ -241,9 +243,9 @@ class PromptEncoder:
             variants = [blend(variants, [1.0, *shares])]
         return PromptStates(variants[0].flatten(0, 1), pooled)
 
-    def _run_all(self, rows: Sequence[Row], most: int = 16) -> dict[Row, tuple[Tensor, Tensor]]:
-        """(states, pooled) of each row; doubles run once, rows without hidden tokens without a mask."""
-        found: dict[Row, tuple[Tensor, Tensor]] = {}
+    def _run_all(self, rows: Sequence[Row], most: int = 16) -> Ran:
+        """Each row once; rows without hidden tokens run without a mask."""
+        found: Ran = {}
         unique = list(dict.fromkeys(rows))
         for masked in (False, True):
             same = [row for row in unique if (0 in row[1]) == masked]
@@ -261,7 +263,8 @@ class PromptEncoder:
         output = self.tower(input_ids=ids, attention_mask=mask, output_hidden_states=True)
         states: Tensor = output.hidden_states[-(self.skip + 1)]
         if self.final_norm:
-            states = getattr(self.tower, "text_model", self.tower).final_layer_norm(states)
+            inner: Any = getattr(self.tower, "text_model", self.tower)
+            states = inner.final_layer_norm(states)
         pooled: Tensor = output.text_embeds if "text_embeds" in output else output.pooler_output
         return states.float(), pooled.float()
 
@@ -324,7 +327,7 @@ class CLIPText:
             diffusers' `clip_skip`; other programs count "clip skip" from 1.
         final_norm: whether the last layer norm follows (Stable Diffusion 1 and 2) or not (SDXL).
         max_windows: the longest text, in windows.
-        reading: how texts are read; a setting of the call and no part of `describe`. `max_windows` holds beside its own.
+        reading: how texts are read; a setting of the call, no part of `describe`; the lower `max_windows` holds.
         device: where it runs and its states lie.
         hasher: gives a file's SHA-256.
 

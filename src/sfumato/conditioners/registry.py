@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sfumato.conditioners.base import Combined, Conditioner, check_keys
@@ -40,13 +41,18 @@ def _combined(config: Mapping[str, Any], find: Find, hasher: Hasher) -> Conditio
     return Combined({name: _build(part, find, hasher) for name, part in config["parts"].items()})
 
 
+def _clip(config: Mapping[str, Any], find: Find, hasher: Hasher) -> Conditioner:
+    with torch.device("cpu"):  # its weights are read at once, also where a model is only outlined, on "meta"
+        return TextConditioner(CLIPText.from_config(config, find, hasher))
+
+
 def _minilm(config: Mapping[str, Any], find: Find, hasher: Hasher) -> Conditioner:
     path = None if minilm_installed() else find(str(config.get("sha256")))
     return TextConditioner(MiniLM.from_config(config, path.parent if path else None, hasher))
 
 
 CONDITIONERS: dict[str, Callable[[Mapping[str, Any], Find, Hasher], Conditioner]] = {
-    "clip": lambda config, find, hasher: TextConditioner(CLIPText.from_config(config, find, hasher)),
+    "clip": _clip,
     "combined": _combined,
     "embedded-label": lambda config, find, hasher: EmbeddedLabel.from_config(config),
     "joint": lambda config, find, hasher: TextConditioner(JointText.from_config(config)),

@@ -75,4 +75,5 @@ def blend(states: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
     them after `away_from_empty`; so a fragment below 1 is both nearer to the empty prompt and blended away.
     """
     share = torch.tensor(shares, dtype=states[0].dtype, device=states[0].device)
-    return torch.tensordot(share / share.sum(), torch.stack(list(states)), dims=1)
+    mixed: Tensor = torch.tensordot(share / share.sum(), torch.stack(list(states)), dims=1)
+    return mixed

@@ -17,13 +17,14 @@ from collections.abc import Sequence
 import torch
 
 from sfumato.errors import UserError
+from sfumato.random import derived_seed
 from sfumato.systems.clip import words
 
 
 def nearest_captions(
     asked: Sequence[str], known: Sequence[str], groups: tuple[Sequence[str | None], Sequence[str | None]] | None = None
 ) -> list[int]:
-    """Index of the known caption nearest to each asked one; the first where several are as near.
+    """Index of the known caption nearest to each asked one; where several are as near, the asked one's hash decides.
 
     Args:
         asked, known: captions.
@@ -50,5 +51,7 @@ def nearest_captions(
         for word in words(caption):
             if word in places:
                 query[places[word]] += rarity[word]
-        nearest.append(rows[int((bank[rows] @ query).argmax())])
+        likeness = bank[rows] @ query
+        ties = (likeness >= likeness.max() - 1e-6).nonzero().flatten().tolist()
+        nearest.append(rows[ties[derived_seed("nearest caption", caption) % len(ties)]])
     return nearest

@@ -25,7 +25,7 @@ from sfumato.evaluation import figures as bootstrap
 from sfumato.evaluation.baseline import nearest_captions
 from sfumato.evaluation.damages import DAMAGES
 from sfumato.evaluation.figures import Figure
-from sfumato.evaluation.judge import Judge, compare, remembered
+from sfumato.evaluation.judge import Judge, Real, compare, remembered
 from sfumato.evaluation.reconstruction import background_error, feature_distance, psnr, ssim
 from sfumato.evaluation.retrieval import CANDIDATES, Matcher, prompt, retrieved, style_told
 from sfumato.evaluation.retrieval import candidates as listed
@@ -161,7 +161,7 @@ class Ruler:
     """Everything that figures are measured with: the judge, the real pictures, a CLIP.
 
     Attributes:
-        judge: the network, with features of `train` and `held_out` in `of_train` and `of_held_out`.
+        judge: the network. real: its features of `train` and `held_out`.
         matcher: None for no caption retrieval.
         candidates, seed: of the retrieval and of resamplings.
     """
@@ -169,8 +169,7 @@ class Ruler:
     judge: Judge
     train: Captioned
     held_out: Captioned
-    of_train: Tensor
-    of_held_out: Tensor
+    real: Real
     matcher: Matcher | None = None
     candidates: int = CANDIDATES
     seed: int = 0
@@ -185,8 +184,8 @@ class Ruler:
             known = texts_by_style(train, held_out)
             for text, style in zip(held_out.texts, held_out.styles, strict=True):
                 listed(text, style, known, candidates, seed)
-        features = remembered(judge, train.pictures), remembered(judge, held_out.pictures)
-        return cls(judge, train, held_out, *features, matcher, candidates, seed)
+        real = Real.of(judge, remembered(judge, train.pictures), remembered(judge, held_out.pictures), seed)
+        return cls(judge, train, held_out, real, matcher, candidates, seed)
 
     def row(self, sets: Sequence[Tensor]) -> Row:
         """Figures of one or more sets of pictures that were made for the held-out captions.
@@ -235,7 +234,7 @@ class Ruler:
         return [self.judge.features(pictures) for pictures in sets], embeddings
 
     def _figures(self, features: list[Tensor], embeddings: list[Tensor], rows: Tensor | None) -> Row:
-        found = compare(self.judge, features, self.of_train, self.of_held_out, seed=self.seed)
+        found = compare(self.judge, features, self.real, seed=self.seed)
         return found | (self.caption_figures(embeddings, rows) if embeddings else {})
 
     def nearest(self) -> Tensor:

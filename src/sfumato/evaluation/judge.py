@@ -12,7 +12,7 @@ floor, which no model can be expected to pass.
 >>> judge = Judge(Thumbnail(), kid=slice(None), frechet=slice(None))
 >>> pictures = torch.randint(256, (3, 20, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
 >>> train, held_out, new = (judge.features(some) for some in pictures)
->>> list(compare(judge, [new], train, held_out))
+>>> list(compare(judge, [new], Real.of(judge, train, held_out)))
 ['KID-Thumbnail x1000', 'FD-Thumbnail', 'precision', 'recall', 'near copies']
 """
 
@@ -35,7 +35,7 @@ from sfumato.evaluation.coverage import near_copies, precision_recall
 from sfumato.evaluation.features import efficientnet_lite2, extract
 from sfumato.evaluation.figures import Figure, bootstrapped
 from sfumato.evaluation.inception import inception
-from sfumato.evaluation.kid import frechet_distance, kid
+from sfumato.evaluation.kid import Reference, frechet_distance
 
 _HEAD = 1280
 
@@ -116,9 +116,26 @@ def judge(weights: str | Path | None = None, device: torch.device | str = "cpu")
     return Judge(efficientnet_lite2("both", device), slice(_HEAD), slice(_HEAD, None))
 
 
-def compare(
-    judge: Judge, new: Sequence[Tensor], train: Tensor, held_out: Tensor, *, seed: int = 0
-) -> dict[str, Figure]:
+@dataclass(frozen=True)
+class Real:
+    """The real pictures that others are compared with.
+
+    Attributes:
+        train, held_out: their features (M, D) and (V, D).
+        reference: of KID, the training pictures.
+    """
+
+    train: Tensor
+    held_out: Tensor
+    reference: Reference
+
+    @classmethod
+    def of(cls, judge: Judge, train: Tensor, held_out: Tensor, seed: int = 0) -> Real:
+        """From features of both sets; what counts as a near-copy follows from the held-out ones."""
+        return cls(train, held_out, Reference(train[:, judge.kid], seed=seed))
+
+
+def compare(judge: Judge, new: Sequence[Tensor], real: Real, *, seed: int = 0) -> dict[str, Figure]:
     """All figures of pictures against the training pictures, by name.
 
     KID and the share of near-copies are of all pictures at once. Fréchet distance, precision and recall depend on the
@@ -128,13 +145,12 @@ def compare(
     Args:
         judge: whose features these are.
         new: features of one or more sets (N, D) of equal size, as one set for each seed.
-        train: of the training pictures (M, D).
-        held_out: of real pictures that were not trained on (V, D): what counts as a near-copy follows from them.
+        real: the pictures that they are compared with.
         seed: of choices and resamplings.
     """
-    k, f = judge.kid, judge.frechet
+    k, f, train, held_out = judge.kid, judge.frechet, real.train, real.held_out
     together = torch.cat(list(new))
-    value, spread = kid(together[:, k], train[:, k], seed=seed)
+    value, spread = real.reference.kid(together[:, k])
     figures = {f"KID-{judge.name} x1000": Figure(value, spread).times(1000)}
     distances = [_frechet(one[:, f], train[:, f], seed) for one in new]
     figures[f"FD-{judge.name}"] = _averaged(distances)

@@ -83,6 +83,39 @@ def kid(
     return float(values.mean()), float(values.std())
 
 
+class Reference:
+    """One set that many are compared with: `kid` with what it alone decides measured once.
+
+    Args:
+        features: (M, D), M at least 2.
+        subsets, degree, seed: as of `kid`.
+    """
+
+    def __init__(self, features: Tensor, *, subsets: int = 100, degree: int = 3, seed: int = 0) -> None:
+        if subsets < 2 or degree < 1:
+            raise UserError(f"kid needs at least 2 subsets and a degree of at least 1; got {subsets}, {degree}")
+        self.features = _checked(features, features, least=2)[0]
+        self.subsets, self.degree, self.seed = subsets, degree, seed
+        self._weights = _with_counts(self.features, subsets, torch.Generator().manual_seed(seed))
+        self._within = _kernel_mean(self.features, self.features, self._weights, self._weights, degree, distinct=True)
+
+    def kid(self, features: Tensor) -> tuple[float, float]:
+        """(distance, standard deviation) of features (N, D), N at least 2; see the function `kid`."""
+        if min(len(features), len(self.features)) >= _ENOUGH:
+            return kid(features, self.features, subsets=self.subsets, degree=self.degree, seed=self.seed)
+        a, b = _checked(features, self.features, least=2)
+        weights = _with_counts(a, self.subsets, torch.Generator().manual_seed(self.seed + 1))
+        within = _kernel_mean(a, a, weights, weights, self.degree, distinct=True)
+        between = _kernel_mean(a, b, weights, self._weights, self.degree, distinct=False)
+        values = within + self._within - 2 * between
+        return float(values[0]), float(values[1:].std())
+
+
+def _with_counts(features: Tensor, resamplings: int, generator: torch.Generator) -> Tensor:
+    """Weights (1 + resamplings, N) of N features: all alike, then as often as each is drawn in a resampling."""
+    return torch.cat([features.new_ones(1, len(features)), _counts(features, resamplings, generator)])
+
+
 def _subset(features: Tensor, size: int, generator: torch.Generator) -> Tensor:
     return features[torch.randperm(len(features), generator=generator)[:size].to(features.device)]
 
@@ -96,7 +129,7 @@ def _mmd2(a: Tensor, b: Tensor, degree: int) -> Tensor:
 def _bootstrapped(
     a: Tensor, b: Tensor, resamplings: int, degree: int, generator: torch.Generator
 ) -> tuple[float, float]:
-    weights = [torch.cat([x.new_ones(1, len(x)), _counts(x, resamplings, generator)]) for x in (a, b)]
+    weights = [_with_counts(x, resamplings, generator) for x in (a, b)]
     values = _weighted_mmd2(a, b, weights[0], weights[1], degree)
     return float(values[0]), float(values[1:].std())
 

@@ -16,9 +16,11 @@ caption and the seed alone, so drawings and real pictures of one caption meet th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sfumato.errors import UserError
@@ -38,6 +40,37 @@ class Matcher(Protocol):
     def captions(self, captions: Sequence[str], /) -> Tensor:
         """Of captions."""
         ...
+
+
+@dataclass(frozen=True)
+class Views:
+    """A matcher that looks at each picture nine times: as it is, and moved by a sixteenth of its side each way.
+
+    What is left open is filled with the edge's own colours; the embeddings are averaged. A small transformer that cuts
+    a picture into few patches is surer of itself so. Captions are read once and remembered.
+    """
+
+    matcher: Matcher
+    _read: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def pictures(self, pictures: Tensor) -> Tensor:
+        """Unit vectors (N, E) of 8-bit pictures (N, 3, H, W)."""
+        height, width = pictures.shape[-2:]
+        down, right = max(1, height // 16), max(1, width // 16)
+        wide = F.pad(pictures.float(), (right, right, down, down), mode="replicate").to(torch.uint8)
+        views = [
+            wide[:, :, top : top + height, left : left + width]
+            for top in (0, down, 2 * down)
+            for left in (0, right, 2 * right)
+        ]
+        return F.normalize(torch.stack([self.matcher.pictures(view) for view in views]).mean(0), dim=1)
+
+    def captions(self, captions: Sequence[str]) -> Tensor:
+        """Unit vectors (N, E) of captions."""
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self._read]
+        if new:
+            self._read.update(zip(new, self.matcher.captions(new), strict=True))
+        return torch.stack([self._read[caption] for caption in captions])
 
 
 def prompt(text: str, style: str | None) -> str:

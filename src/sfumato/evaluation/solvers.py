@@ -124,7 +124,7 @@ def compare(
     data: Tensor | None = None,
     note: Callable[[str], object] = lambda _: None,
 ) -> list[Error]:
-    """Every method at every budget, from the same noise.
+    """Every method at every budget, from the same noise; stochastic ones only where there are data to compare with.
 
     Args:
         denoise: the denoiser, guided or not.
@@ -137,6 +137,8 @@ def compare(
     exact = exact_solution(denoise, schedule, noise_of(), spacing)
     found = []
     for method in methods(names):
+        if method.stochastic and data is None:
+            continue  # neither ruler fits
         note(method.title)
         for budget in budgets:
             grid = _grid(method, schedule, spacing, budget)

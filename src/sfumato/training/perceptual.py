@@ -2,6 +2,11 @@
 
 EfficientNet-Lite0 comes from its package; VGG LPIPS from a file that a user has. The judge of pictures is another
 network (EfficientNet-Lite2), so that no model is judged by what trained it.
+
+>>> perceptual_loss("vgg.safetensors")
+Traceback (most recent call last):
+    ...
+sfumato.errors.ModelFileError: no model at vgg.safetensors
 """
 
 from __future__ import annotations

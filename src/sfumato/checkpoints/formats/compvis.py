@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sfumato.checkpoints.keymap import CONVOLVED, KeyMap, Rule
+from sfumato.checkpoints.keymap import CONVOLVED, FLATTENED, KeyMap, Rule
 from sfumato.errors import UserError
 from sfumato.networks.autoencoder import FirstStageConfig, VQConfig
 from sfumato.networks.unet_condition import UNet2DConditionConfig
@@ -152,6 +152,22 @@ def stage_map(config: FirstStageConfig) -> KeyMap:
         rules += _stage_level(theirs, ours, config.layers_per_block + 1, attention=attention)
         if level < last:
             rules.append(Rule(f"{theirs}.upsample.conv.{{p}}", f"{ours}.upsamplers.0.conv.{{p}}"))
+    return KeyMap(rules)
+
+
+def diffusers_stage_map(*, old: bool = False) -> KeyMap:
+    """diffusers' names of an autoencoder, which are ours.
+
+    Args:
+        old: for files from before its version 0.15, whose attention has other names.
+    """
+    parts = ("encoder", "decoder", "quant_conv", "post_quant_conv")
+    rules = [Rule(f"{part}.{{rest}}", f"{part}.{{rest}}") for part in parts]
+    for half in ("encoder", "decoder") if old else ():
+        for theirs, ours in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items():
+            place = f"{half}.mid_block.attentions.0"
+            rules.append(Rule(f"{place}.{theirs}.weight", f"{place}.{ours}.weight", FLATTENED))
+            rules.append(Rule(f"{place}.{theirs}.bias", f"{place}.{ours}.bias"))
     return KeyMap(rules)
 
 

@@ -224,8 +224,8 @@ class Place:
 
     Attributes:
         prefix: before each of its names.
-        layout: whose names they are: "compvis" for unet and vae, "diffusers" for vae; for text "clip" (transformers'
-            names), "clip-flat" (without `text_model.`) or "open_clip".
+        layout: whose names they are: "compvis" for unet and vae; for vae also "diffusers" and "diffusers-old" (before
+            0.15); for text "clip" (transformers' names), "clip-flat" (without `text_model.`) or "open_clip".
     """
 
     prefix: str
@@ -273,9 +273,14 @@ class Found:
                 f"the file can be {titles} and does not say which: say what its network predicts, eps or v"
             )
         one = next((one for one in self.families if one.prediction == known), self.families[0])
-        changes = {"prediction_type": {"eps": "epsilon", "v": "v_prediction"}[known]}
         more = {"rescale_betas_zero_snr": True} if self.zero_snr else {}
-        return replace(one, prediction=known, scheduler={**one.scheduler, **changes, **more})
+        return predicting(replace(one, scheduler={**one.scheduler, **more}), known)
+
+
+def predicting(family: Family, prediction: Literal["eps", "v"]) -> Family:
+    """The same family with a network that predicts this, and a scheduler that knows."""
+    said = {"prediction_type": {"eps": "epsilon", "v": "v_prediction"}[prediction]}
+    return replace(family, prediction=prediction, scheduler={**family.scheduler, **said})
 
 
 _UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
@@ -333,9 +338,11 @@ def detect(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], family: F
     places = _places(tensors)
     averaged = any(name.startswith("model_ema.diffusion_model") for name in tensors)
     if (stored := metadata.get(PARTS_KEY)) is not None and "unet" in places:
-        family = family or _stored(stored)
+        if family is None:
+            own = _stored(stored)
+            return Found((own,), places, None, own.prediction, "the file's metadata", averaged)
     if family is not None and "unet" in places:
-        return Found((family,), places, None, family.prediction, "the file's metadata", averaged)
+        return Found((family,), places, None, family.prediction, "it was said", averaged)
     if "unet" not in places:
         if "vae" not in places or any(re.match(pattern, n) for n in tensors for pattern, _ in _FOREIGN[:2]):
             _refuse(_foreign(tensors))
@@ -356,7 +363,8 @@ def _places(tensors: Mapping[str, Tensor]) -> dict[str, Place]:
     for prefix in _VAE_PREFIXES:
         if f"{prefix}encoder.conv_in.weight" in tensors and f"{prefix}decoder.conv_in.weight" in tensors:
             diffusers = f"{prefix}encoder.down_blocks.0.resnets.0.conv1.weight" in tensors
-            places["vae"] = Place(prefix, "diffusers" if diffusers else "compvis")
+            old = f"{prefix}encoder.mid_block.attentions.0.query.weight" in tensors
+            places["vae"] = Place(prefix, ("diffusers-old" if old else "diffusers") if diffusers else "compvis")
             break
     for prefix, name, layout in _TEXT_PREFIXES:
         if prefix + name in tensors:
@@ -511,13 +519,14 @@ def stage_config(tensors: Mapping[str, Tensor], place: Place) -> AutoencoderConf
         _refuse("an autoencoder of another kind, or of videos")
     if any(name.startswith("quantize.") for name in shapes):
         _refuse("an autoencoder that rounds its latents to codes")
-    down, block = ("down_blocks", "resnets") if place.layout == "diffusers" else ("down", "block")
+    diffusers = place.layout != "compvis"
+    down, block = ("down_blocks", "resnets") if diffusers else ("down", "block")
     conv1 = re.compile(rf"encoder\.{down}\.(\d+)\.{block}\.(\d+)\.conv1\.weight")
     widths = {tuple(map(int, m.groups())): shapes[m.string][0] for m in map(conv1.fullmatch, shapes) if m is not None}
     levels = sorted({level for level, _ in widths})
-    attention = "attentions" if place.layout == "diffusers" else "attn"
+    attention = "attentions" if diffusers else "attn"
     told = [any(n.startswith(f"encoder.{down}.{level}.{attention}.") for n in shapes) for level in levels]
-    middle = "mid_block.attentions.0" if place.layout == "diffusers" else "mid.attn_1"
+    middle = "mid_block.attentions.0" if diffusers else "mid.attn_1"
     if not levels or levels != list(range(len(levels))):
         _refuse("an autoencoder of another kind")
     known = next((one for one in (VAE_F8, VAE_F4) if len(one.block_out_channels) == len(levels)), VAE_F8)

@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -144,6 +145,7 @@ def child(source: str, target: str) -> None:
     _bound(size)
     try:
         tensors, numbers, left = tensors_of(load(source), size=size)
+        check_storages(source, tensors)
         write_tensors(target, tensors, {**numbers, LEFT_ASIDE: json.dumps(left)})
         refused = ""
     except ModelFileError as error:
@@ -219,9 +221,11 @@ def load(path: str) -> Any:
     """
     stand_ins: list[Any] = [(Inert, name) for name in _INERT]
     try:
-        with torch.serialization.safe_globals(stand_ins):
-            zipped = zipfile.is_zipfile(path)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with torch.serialization.safe_globals(stand_ins), open(path, "rb") as file:
+            mapped = zipfile.is_zipfile(path) and all(one.compress_type == 0 for one in _records(path))
+            # given a path, torch goes by its ending, which says nothing
+            source: Any = path if mapped and not path.lower().endswith(".safetensors") else file
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=source is path)
     except MemoryError:
         raise
     except pickle.UnpicklingError as error:
@@ -229,6 +233,24 @@ def load(path: str) -> Any:
     except Exception as error:  # a hostile or damaged file can make the reader fail in any way
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ModelFileError(f"is damaged, or no checkpoint ({reason})") from None
+
+
+def _records(path: str) -> list[zipfile.ZipInfo]:
+    """The storages in an archive."""
+    with zipfile.ZipFile(path) as archive:
+        return [one for one in archive.infolist() if re.fullmatch(r"[^/]+/data/\d+", one.filename)]
+
+
+def check_storages(path: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse an archive whose pickle claims storages of other sizes than the archive's records have."""
+    if not zipfile.is_zipfile(path):
+        return
+    records = Counter(one.file_size for one in _records(path))
+    storages = {storage.data_ptr(): storage for storage in (t.untyped_storage() for t in tensors.values())}
+    claimed = Counter(storage.nbytes() for storage in storages.values() if storage.nbytes())
+    if claimed - records:
+        size = max(claimed - records)
+        raise ModelFileError(f"is refused: it claims a tensor of {size} bytes, and its archive has none of that size")
 
 
 def _why(message: str) -> str:

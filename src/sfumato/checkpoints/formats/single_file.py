@@ -17,13 +17,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sfumato.checkpoints.formats import pickles
-from sfumato.checkpoints.formats.compvis import stage_map, unet_map
+from sfumato.checkpoints.formats.compvis import diffusers_stage_map, stage_map, unet_map
 from sfumato.checkpoints.formats.families import (
     PARTS_KEY,
     Family,
@@ -107,7 +108,7 @@ class SingleFile:
                 counts, not its name.
             averaged: read the running average of the UNet's weights (EMA) where the file keeps it apart.
             prediction: "eps" or "v" where the file does not say, or to overrule it.
-            family: configs to use instead of those that are found.
+            family: configs to use instead of those that are found; for an autoencoder alone it has no meaning.
             allow_pickle: convert a pickle, in a process of its own that builds tensors and nothing else.
 
         Raises:
@@ -117,8 +118,7 @@ class SingleFile:
         file, notes = pickles.open_tensors(path, allow_pickle=allow_pickle)
         names = _unwrapped(file.seen)
         found = _detected(file, names, family, path)
-        if family is None and found.families:
-            family = found.family(prediction)
+        family = found.family(prediction) if found.families else None
         if family is not None and (scale := file.number(names.get("scale_factor", ""))) is not None:
             family = replace(family, vae=replace(family.vae, scaling_factor=scale))
         vae = found.vae if family is None else family.vae
@@ -189,8 +189,7 @@ def _tables(places: Mapping[str, Place], family: Family | None, vae: Autoencoder
 def _vae_table(config: AutoencoderConfig, place: Place) -> KeyMap:
     if place.layout == "compvis":
         return stage_map(config).under(place.prefix)
-    parts = ("encoder", "decoder", "quant_conv", "post_quant_conv")
-    return KeyMap(Rule(f"{place.prefix}{part}.{{rest}}", f"{part}.{{rest}}") for part in parts)
+    return diffusers_stage_map(old=place.layout == "diffusers-old").under(place.prefix)
 
 
 def _text_table(config: CLIPTextConfig, place: Place) -> KeyMap:
@@ -209,6 +208,11 @@ def _wanted(part: str, family: Family | None, vae: AutoencoderConfig | None) -> 
 
 def meta_tensors(config: UNet2DConditionConfig | AutoencoderConfig) -> dict[str, Tensor]:
     """Names and shapes of a network's weights, as tensors on "meta"."""
+    return dict(_state_on_meta(config))
+
+
+@lru_cache(maxsize=16)
+def _state_on_meta(config: UNet2DConditionConfig | AutoencoderConfig) -> dict[str, Tensor]:
     with torch.device("meta"):
         network: torch.nn.Module
         if isinstance(config, UNet2DConditionConfig):

@@ -18,7 +18,7 @@ from sfumato.systems.config import parse
 from sfumato.training.recipes.autoencoder import AutoencoderRecipe
 from sfumato.training.recipes.clip import CLIPRecipe
 from sfumato.training.recipes.ddpm import DDPMRecipe
-from sfumato.training.recipes.latent import LatentRecipe
+from sfumato.training.recipes.latent import PIXELS, LatentRecipe
 
 Recipe = DDPMRecipe | AutoencoderRecipe | LatentRecipe | CLIPRecipe
 
@@ -85,6 +85,8 @@ def load(
         raise UserError(f"{where}: recipe must be one of {', '.join(METHODS)}, got {method!r}{hint}")
     if method == "latent" and values.get("codec") is None:
         raise UserError(f"{where} names no codec; give --codec RUN of a first stage, or codec=pixels for none")
+    if method == "latent" and values["codec"] != PIXELS and not Path(str(values["codec"])).exists():
+        raise UserError(f"{where}: there is no codec at {values['codec']}")
     if isinstance(values.get("data", {}), dict) and "path" not in values.get("data", {}):
         raise UserError(f"{where} names no data; give --data FOLDER, or data.path in the recipe")
     recipe = parse(METHODS[method], values, where)

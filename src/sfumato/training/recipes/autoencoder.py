@@ -30,7 +30,6 @@ from sfumato.training.config import OptimizerConfig, TrainConfig
 from sfumato.training.data import Batch, DataConfig, PictureSet
 from sfumato.training.perceptual import perceptual_loss
 
-
 _MEASURED = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
 
 
