@@ -46,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "systems": BELOW_SYSTEMS,
     "tasks": BELOW_TASKS,
     "evaluation": BELOW_TASKS | {"tasks"},
-    "training": BELOW_TASKS | {"tasks", "evaluation"},
+    "training": BELOW_TASKS | {"tasks", "evaluation", "models"},
     "short_form": {"diffusion", "networks", "random"},
     "api": BELOW_API | {"__init__"},
     "replay": BELOW_API | {"__init__", "api"},

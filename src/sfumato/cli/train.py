@@ -23,7 +23,7 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings, e.g. train.steps=500.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of pictures, or a parquet file.")] = None,
     codec: Annotated[
-        Path | None, typer.Option(help="For latent diffusion: a first stage's run (with its data) or model file.")
+        str | None, typer.Option(help="For latent diffusion: a first stage's run (with its data), file, or name.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder.")] = None,
     resume: Annotated[str, typer.Option(help="auto, never, or the checkpoint or run to start from.")] = "auto",
@@ -61,7 +61,7 @@ def check(
     recipe: Annotated[str, typer.Argument(help="A name from `sfumato recipes ls`, or FILE.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings, e.g. train.batch=16.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of pictures, or a parquet file.")] = None,
-    codec: Annotated[Path | None, typer.Option(help="For latent diffusion: a first stage's run or model file.")] = None,
+    codec: Annotated[str | None, typer.Option(help="For latent diffusion: a first stage's run, file or name.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
 ) -> None:
     """Rehearse a run: open every picture, train, validate, sample, save, resume and finish, once each."""

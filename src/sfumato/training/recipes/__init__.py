@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from sfumato import models
+from sfumato.checkpoints.io import read_header, stored_config
 from sfumato.errors import UserError, nearest, raise_unknown
 from sfumato.systems.config import parse
 from sfumato.training.recipes.autoencoder import AutoencoderRecipe
@@ -85,8 +87,9 @@ def load(
         raise UserError(f"{where}: recipe must be one of {', '.join(METHODS)}, got {method!r}{hint}")
     if method == "latent" and values.get("codec") is None:
         raise UserError(f"{where} names no codec; give --codec RUN of a first stage, or codec=pixels for none")
-    if method == "latent" and values["codec"] != PIXELS and not Path(str(values["codec"])).exists():
-        raise UserError(f"{where}: there is no codec at {values['codec']}")
+    named = str(values.get("codec"))
+    if method == "latent" and named != PIXELS and named not in models.names() and not Path(named).exists():
+        raise UserError(f"{where}: there is no codec at {named}{nearest(named, models.names())}")
     if isinstance(values.get("data", {}), dict) and "path" not in values.get("data", {}):
         raise UserError(f"{where} names no data; give --data FOLDER, or data.path in the recipe")
     recipe = parse(METHODS[method], values, where)
@@ -98,10 +101,16 @@ def load(
 
 
 def _take_data_of_codec(values: dict[str, Any]) -> None:
-    """Put what the codec's run says of its data before what the recipe says."""
+    """Put what the codec's run says of its data, or its file of its size, before what the recipe says."""
     codec, own = values.get("codec"), values.get("data", {})
-    config = Path(codec) / "config.yaml" if isinstance(codec, str) else None
-    if config is None or not config.is_file() or not isinstance(own, dict):
+    if not isinstance(codec, str) or not isinstance(own, dict):
+        return
+    file = models.weights(codec) if codec in models.names() else Path(codec)
+    if file.is_file() and "size" not in own:
+        stored = stored_config(file, read_header(file)) or {}
+        values["data"] = own | ({"size": stored["size"]} if "size" in stored else {})
+    config = Path(codec) / "config.yaml"
+    if not config.is_file():
         return
     learnt = read_yaml(source(str(config))[1], str(config)).get("data", {})
     if isinstance(learnt, dict):

@@ -17,6 +17,7 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
 
+from sfumato import models
 from sfumato.checkpoints import hashes
 from sfumato.checkpoints.formats.diffusers import component_sha256
 from sfumato.codecs import Moments
@@ -112,7 +113,7 @@ class LatentRecipe(Strict):
 
     Attributes:
         data: the pictures; taken from the codec's run where nothing else is said.
-        codec: a first stage's run or model file, or "pixels" for none.
+        codec: a first stage's run or model file, a name from the box, or "pixels" for none.
         conditions: by name; "text" is what prompts are for, "label" what labels are for.
         model: network, schedule, prediction, sampling defaults.
         objective: fields of `Objective`.
@@ -168,11 +169,13 @@ class LatentRecipe(Strict):
 
 
 def codec_file(path: str) -> Path:
-    """What a codec's path means: of a run its finished model, else the file, or folder in diffusers' layout, itself.
+    """What a codec's name means: a model of the box, a run's finished model, else that file or diffusers folder itself.
 
     Raises:
         UserError: when the run is not finished, since the latents' scale is measured at the end.
     """
+    if path in models.names():
+        return models.weights(path)
     if not Path(path).is_dir() or holds_first_stage(path):
         return Path(path)
     if (Path(path) / state.AVERAGE).is_file():
