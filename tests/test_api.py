@@ -249,3 +249,13 @@ def test_damaged_diffusers_folder(tmp_path: Path, file: str, content: str) -> No
     with pytest.raises(sfumato.UserError) as caught:
         sfumato.load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_settings_of_the_first_form_are_understood(model: sfumato.Model) -> None:
+    """Pictures of earlier versions name the labels of their batch, and nothing else was to be said then."""
+    pictures = model.generate(label=["cat", "dog"], count=2, seed=4, steps=2)
+    settings = dict(pictures[1].info["sfumato"])
+    batch = dict(settings["batch"])
+    labels = [said["label"] for said in batch.pop("asked")]
+    again = model.redraw(settings | {"batch": batch | {"labels": labels}})
+    assert labels == ["cat", "dog"] and again.tobytes() == pictures[1].tobytes()

@@ -160,7 +160,8 @@ class Model:
         try:
             batch = settings["batch"]
             first, index = int(batch["seed"]), int(batch["index"])
-            asked = [Asked.restored(values) for values in batch["asked"]]
+            said = batch["asked"] if "asked" in batch else [{"label": label} for label in batch["labels"]]
+            asked = [Asked.restored(values) for values in said]
             chosen = {"model": self.name, "model_hash": self.sha256} | {key: settings[key] for key in known}
             chosen |= {key: settings[key] for key in _SOMETIMES if key in settings}
         except (KeyError, TypeError, ValueError):
