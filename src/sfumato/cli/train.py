@@ -95,8 +95,14 @@ def validate_recipe(
     name: Annotated[str, typer.Argument(help="A recipe, or FILE.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings.")] = None,
 ) -> None:
-    """Check a recipe without training."""
+    """Check a recipe without training. A latent one that names no codec is checked over pixels."""
     from sfumato.training import recipes
 
-    recipes.load(name, overrides or [], data=".")
+    given = [*(overrides or [])]
+    values = recipes.read_yaml(recipes.source(name)[1], name)
+    if values.get("recipe") == "latent" and not any(key.startswith("codec=") for key in given):
+        sized = isinstance(values.get("data"), dict) and "size" in values["data"]
+        stand_in = [] if values.get("codec") else ["codec=pixels", *([] if sized else ["data.size=64"])]
+        given = [*stand_in, *given]
+    recipes.load(name, given, data=".")
     print(f"{name} is a valid recipe")
