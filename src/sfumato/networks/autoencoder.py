@@ -17,9 +17,8 @@ parameter names are those of diffusers' classes of the same names: checkpoints l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sfumato.errors import UserError, raise_unknown
 from sfumato.networks.attention import Attention, AttentionHost
+from sfumato.networks.config import NetworkConfig
 from sfumato.networks.norm import GroupNorm
 from sfumato.networks.resnet import ACTIVATIONS, Downsample2D, ResnetBlock2D, Upsample2D, activation, widen
 from sfumato.networks.vq import VectorQuantizer
@@ -43,7 +43,7 @@ DECODER_BLOCKS = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
 
 
 @dataclass(frozen=True, kw_only=True)
-class FirstStageConfig:
+class FirstStageConfig(NetworkConfig):
     """The fields that both kinds of autoencoder have, with diffusers' names, meanings and defaults.
 
     Levels run from full resolution inwards in `down_block_types` and `block_out_channels`, outwards in
@@ -52,6 +52,7 @@ class FirstStageConfig:
     must run in a wider type; it is for whoever chooses the type, the network itself never changes it.
     """
 
+    called: ClassVar[str] = "autoencoder"
     in_channels: int = 3
     out_channels: int = 3
     down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
@@ -94,24 +95,6 @@ class FirstStageConfig:
     def factor(self) -> int:
         """How many times smaller than the picture the latent is, in height and in width."""
         return int(2 ** (len(self.block_out_channels) - 1))
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """From JSON: keys that begin with "_" are notes; an unknown key is refused with the nearest name."""
-        known = [f.name for f in fields(cls)]
-        given: dict[str, Any] = {key: value for key, value in values.items() if not key.startswith("_")}
-        for key in given:
-            if key not in known:
-                raise_unknown("autoencoder key", key, known)
-        try:
-            chosen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-            return cls(**chosen)
-        except TypeError as error:
-            raise UserError(f"the autoencoder's config has a value of the wrong type ({error})") from None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,24 +12,25 @@ torch.Size([2, 5, 16])
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, cast
+from dataclasses import dataclass, fields
+from typing import ClassVar, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.errors import UserError, raise_unknown
+from sfumato.errors import UserError
 from sfumato.networks.attention import attention_kernel
+from sfumato.networks.config import NetworkConfig
 
 
 @dataclass(frozen=True)
-class TextTransformerConfig:
+class TextTransformerConfig(NetworkConfig):
     """diffusers' fields of `LDMBertConfig`, with its meanings and defaults (those of the 1.4 billion model).
 
     `dropout` acts on the embeddings and on every branch's end, `activation_dropout` inside the feed-forward.
     """
 
+    called: ClassVar[str] = "text network"
     vocab_size: int = 30522
     max_position_embeddings: int = 77
     encoder_layers: int = 32
@@ -48,19 +49,6 @@ class TextTransformerConfig:
                     raise UserError(f"{f.name} must lie in [0, 1), got {value!r}")
             elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"{f.name} must be a whole number of 1 or more, got {value!r}")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TextTransformerConfig:
-        """From JSON; an unknown key is refused with the nearest name."""
-        known = [f.name for f in fields(cls)]
-        for key in values:
-            if key not in known:
-                raise_unknown("text network key", key, known)
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
 
 
 class TextAttention(nn.Module):

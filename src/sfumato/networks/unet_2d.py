@@ -10,8 +10,7 @@ torch.Size([2, 3, 8, 8])
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import UserError, raise_unknown
 from sfumato.networks.attention import Attention, AttentionHost
+from sfumato.networks.config import NetworkConfig
 from sfumato.networks.embeddings import GaussianFourierProjection, TimestepEmbedding, Timesteps
 from sfumato.networks.norm import GroupNorm
 from sfumato.networks.resnet import ACTIVATIONS, ResnetBlock2D
@@ -36,7 +36,7 @@ from sfumato.networks.unet_blocks import (
 
 
 @dataclass(frozen=True)
-class UNet2DConfig:
+class UNet2DConfig(NetworkConfig):
     """diffusers' fields of `UNet2DModel`, with its meanings and defaults.
 
     `attention_head_dim` is the width of a head here (None: one head). `center_input_sample` maps [0, 1] to
@@ -120,24 +120,6 @@ class UNet2DConfig:
                 f"class_embed_type {self.class_embed_type!r} has no table, so num_class_embeds must be None, "
                 f"got {self.num_class_embeds}"
             )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> UNet2DConfig:
-        """From JSON: keys that begin with "_" are notes; an unknown key is refused with the nearest name."""
-        known = [f.name for f in fields(cls)]
-        given: dict[str, Any] = {key: value for key, value in values.items() if not key.startswith("_")}
-        for key in given:
-            if key not in known:
-                raise_unknown("network key", key, known)
-        try:
-            chosen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-            return cls(**chosen)
-        except TypeError as error:
-            raise UserError(f"the network's config has a value of the wrong type ({error})") from None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
 class UNet2DModel(AttentionHost):

@@ -12,14 +12,15 @@ torch.Size([2, 4, 8, 8])
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from sfumato.errors import UserError, raise_unknown
 from sfumato.networks.attention import AttentionHost
+from sfumato.networks.config import NetworkConfig
 from sfumato.networks.embeddings import TimestepEmbedding, Timesteps, sinusoidal
 from sfumato.networks.norm import GroupNorm
 from sfumato.networks.resnet import ACTIVATIONS, activation
@@ -57,7 +58,7 @@ VECTOR_CLASSES = ("identity", "projection", "simple_projection")
 
 
 @dataclass(frozen=True)
-class UNet2DConditionConfig:
+class UNet2DConditionConfig(NetworkConfig):
     """diffusers' fields of `UNet2DConditionModel`, with its meanings and defaults.
 
     `attention_head_dim` is the *number* of heads of the transformers, in spite of its name, unless
@@ -243,31 +244,10 @@ class UNet2DConditionConfig:
             )
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> UNet2DConditionConfig:
-        """From JSON: keys that begin with "_" are notes; an unknown key is refused with the nearest name."""
-        known = [f.name for f in fields(cls)]
-        given: dict[str, Any] = {key: value for key, value in values.items() if not key.startswith("_")}
-        for key in given:
-            if key not in known:
-                raise_unknown("network key", key, known)
-        if given.get("encoder_hid_dim") is not None and given.get("encoder_hid_dim_type") is None:
-            given["encoder_hid_dim_type"] = "text_proj"
-        try:
-            return cls(**{key: _tuples(value) for key, value in given.items()})
-        except TypeError as error:
-            raise UserError(f"the network's config has a value of the wrong type ({error})") from None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
-        return {key: _lists(value) for key, value in asdict(self).items()}
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def _lists(value: Any) -> Any:
-    return [_lists(item) for item in value] if isinstance(value, tuple) else value
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """From JSON, as every network's; a width of encoder states without a kind means that they are projected."""
+        projected = values.get("encoder_hid_dim") is not None and values.get("encoder_hid_dim_type") is None
+        return super().from_dict({**values, "encoder_hid_dim_type": "text_proj"} if projected else values)
 
 
 class UNet2DConditionModel(AttentionHost):

@@ -19,7 +19,7 @@ from sfumato.checkpoints.io import check_fit, component, load_strictly
 from sfumato.codecs import Codec, KLCodec, PixelCodec, VQCodec
 from sfumato.errors import UserError
 from sfumato.networks.autoencoder import AutoencoderConfig, AutoencoderKL, VQConfig, VQModel
-from sfumato.systems.config import Strict
+from sfumato.systems.config import Strict, without_derived
 
 _DERIVED = ("in_channels", "out_channels", "sample_size")
 _STANDARD = (0.5, 2.0)  # what the standard deviation of scaled latents may be
@@ -47,10 +47,7 @@ class CodecConfig(Strict):
     @field_validator("network")
     @classmethod
     def _nothing_that_follows(cls, network: dict[str, Any]) -> dict[str, Any]:
-        for key in _DERIVED:
-            if key in network:
-                raise ValueError(f"network.{key} follows from size and channels; leave it out")
-        return network
+        return without_derived(network, _DERIVED, "size and channels")
 
     def autoencoder(self) -> AutoencoderConfig | VQConfig:
         """The network's own config. Raises `UserError` for unknown keys and impossible values, and for pixels."""

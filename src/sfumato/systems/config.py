@@ -9,7 +9,7 @@ registries.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
@@ -156,6 +156,14 @@ class PredictionConfig(Strict):
         fits = {"flow": "time_1000", "ve": "edm"}.get(schedule.name, "time")
         name = fits if self.preconditioning == "auto" else self.preconditioning
         return preconditioning(name, sigma_data=self.sigma_data)
+
+
+def without_derived(network: dict[str, Any], derived: Collection[str], source: str) -> dict[str, Any]:
+    """A network's fields as a config gives them. Raises `ValueError` for one that follows from `source`."""
+    for key in derived:
+        if key in network:
+            raise ValueError(f"network.{key} follows from {source}; leave it out")
+    return network
 
 
 def build_denoiser(

@@ -34,6 +34,7 @@ from sfumato.systems.config import (
     build_denoiser,
     parse,
     sentence,
+    without_derived,
 )
 from sfumato.systems.scheduler_config import from_diffusers
 
@@ -70,9 +71,7 @@ class DDPMConfig(Strict):
     @field_validator("network")
     @classmethod
     def _known_network_fields(cls, network: dict[str, Any]) -> dict[str, Any]:
-        for key in _DERIVED:
-            if key in network:
-                raise ValueError(f"network.{key} follows from size, channels, labels and prediction; leave it out")
+        without_derived(network, _DERIVED, "size, channels, labels and prediction")
         try:
             UNet2DConfig.from_dict(network)
         except (TypeError, AttributeError, ZeroDivisionError) as error:

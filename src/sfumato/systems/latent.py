@@ -29,7 +29,14 @@ from sfumato.networks.unet_2d import UNet2DConfig, UNet2DModel
 from sfumato.networks.unet_condition import UNet2DConditionConfig, UNet2DConditionModel
 from sfumato.systems.asked import Asked
 from sfumato.systems.codec import CodecConfig, CodecSystem
-from sfumato.systems.config import PredictionConfig, SamplingConfig, ScheduleConfig, Strict, build_denoiser
+from sfumato.systems.config import (
+    PredictionConfig,
+    SamplingConfig,
+    ScheduleConfig,
+    Strict,
+    build_denoiser,
+    without_derived,
+)
 
 _DERIVED = ("sample_size", "in_channels", "out_channels", "num_class_embeds", "cross_attention_dim")
 TEXT, LABEL = "text", "label"  # the conditions that a prompt and a label are for
@@ -65,10 +72,7 @@ class LatentConfig(Strict):
     @field_validator("network")
     @classmethod
     def _nothing_that_follows(cls, network: dict[str, Any]) -> dict[str, Any]:
-        for key in _DERIVED:
-            if key in network:
-                raise ValueError(f"network.{key} follows from the codec, the conditions and prediction; leave it out")
-        return network
+        return without_derived(network, _DERIVED, "the codec, the conditions and prediction")
 
     @property
     def labels(self) -> tuple[str, ...]:
