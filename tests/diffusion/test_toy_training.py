@@ -22,7 +22,7 @@ from sfumato.diffusion.objective import Objective
 from sfumato.diffusion.parameterization import parameterization
 from sfumato.diffusion.sample import sample, start
 from sfumato.diffusion.schedule import FlowSchedule, Schedule, VESchedule
-from sfumato.diffusion.solvers import Ancestral, Solver
+from sfumato.diffusion.solvers import Ancestral, Euler, Solver
 from sfumato.random import NoiseSource
 
 from .diffusion_cases import SCHEDULES
@@ -124,6 +124,8 @@ def train(denoiser: Denoiser, objective: Objective, steps: int = 7000, batch: in
 
 def suited(schedule: Schedule, objective: Objective) -> tuple[Solver[Any], Grid]:
     levels = karras(schedule, 200) if isinstance(schedule, VESchedule) else trailing(schedule, 200)
+    if objective.immiscible:  # the noise belongs to the data: fresh noise on the way would not
+        return Euler(), levels
     return Ancestral(variance="learned" if objective.vlb_weight else "small"), levels
 
 

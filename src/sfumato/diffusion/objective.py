@@ -95,7 +95,8 @@ class Objective:
         input_perturbation: strength of noise that the network is shown beside `eps` and not asked for (Ning 2023; 0.1
             is usual). 0 for none.
         immiscible: give each picture of the batch the noise nearest to it, the assignment with the least total
-            distance (Li 2024).
+            distance (Li 2024). Noise and data then depend on one another, the more the larger the batch and the fewer
+            the dimensions: the probability flow still leads to the data, steps that add fresh noise need not.
 
     Raises:
         UserError: for an unknown name, or a number outside its range.
