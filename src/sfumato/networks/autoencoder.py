@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sfumato.errors import UserError, raise_unknown
 from sfumato.networks.attention import Attention, AttentionHost
-from sfumato.networks.config import NetworkConfig
+from sfumato.networks.config import NetworkConfig, check_choices, check_levels
 from sfumato.networks.norm import GroupNorm
 from sfumato.networks.resnet import ACTIVATIONS, Downsample2D, ResnetBlock2D, Upsample2D, activation, widen
 from sfumato.networks.vq import VectorQuantizer
@@ -68,18 +68,8 @@ class FirstStageConfig(NetworkConfig):
     mid_block_add_attention: bool = True
 
     def __post_init__(self) -> None:
-        levels = len(self.block_out_channels), len(self.down_block_types), len(self.up_block_types)
-        if len(set(levels)) != 1 or 0 in levels:
-            raise UserError(
-                "block_out_channels, down_block_types and up_block_types must have equally many levels, "
-                f"got {levels[0]}, {levels[1]} and {levels[2]}"
-            )
-        if self.act_fn not in ACTIVATIONS:
-            raise_unknown("act_fn", self.act_fn, ACTIVATIONS)
-        for field, blocks in (("down_block_types", ENCODER_BLOCKS), ("up_block_types", DECODER_BLOCKS)):
-            for kind in getattr(self, field):
-                if kind not in blocks:
-                    raise_unknown(f"entry in {field}", kind, blocks)
+        check_levels(self)
+        check_choices(self, {"act_fn": tuple(ACTIVATIONS)}, ENCODER_BLOCKS, DECODER_BLOCKS)
         for field in ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups"):
             if getattr(self, field) < 1:
                 raise UserError(f"{field} must be 1 or more, got {getattr(self, field)}")

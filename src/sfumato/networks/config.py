@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Self
 
@@ -39,6 +39,29 @@ class NetworkConfig:
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
         return {key: _lists(value) for key, value in asdict(self).items()}
+
+
+def check_levels(config: Any) -> None:
+    """Refuse a config whose lists of levels differ in length. Raises `UserError`."""
+    counts = [len(v) for v in (config.block_out_channels, config.down_block_types, config.up_block_types)]
+    if len(set(counts)) != 1 or 0 in counts:
+        raise UserError(
+            "block_out_channels, down_block_types and up_block_types must have equally many levels, "
+            f"got {counts[0]}, {counts[1]} and {counts[2]}"
+        )
+
+
+def check_choices(
+    config: Any, choices: Mapping[str, Collection[Any]], down: Collection[str], up: Collection[str]
+) -> None:
+    """Refuse fields outside their known values, and unknown kinds of blocks, naming the nearest. Raises `UserError`."""
+    for name, known in choices.items():
+        if getattr(config, name) not in known:
+            raise_unknown(name, str(getattr(config, name)), [str(k) for k in known])
+    for field, blocks in (("down_block_types", down), ("up_block_types", up)):
+        for kind in getattr(config, field):
+            if kind not in blocks:
+                raise_unknown(f"entry in {field}", kind, blocks)
 
 
 def _tuples(value: Any) -> Any:

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.errors import UserError, raise_unknown
+from sfumato.errors import UserError
 from sfumato.networks.attention import Attention, AttentionHost
-from sfumato.networks.config import NetworkConfig
+from sfumato.networks.config import NetworkConfig, check_choices, check_levels
 from sfumato.networks.embeddings import GaussianFourierProjection, TimestepEmbedding, Timesteps
 from sfumato.networks.norm import GroupNorm
 from sfumato.networks.resnet import ACTIVATIONS, ResnetBlock2D
@@ -78,28 +78,17 @@ class UNet2DConfig(NetworkConfig):
     num_train_timesteps: int | None = None
 
     def __post_init__(self) -> None:
-        levels = {len(self.block_out_channels), len(self.down_block_types), len(self.up_block_types)}
-        if len(levels) != 1 or 0 in levels:
-            raise UserError(
-                "block_out_channels, down_block_types and up_block_types must have equally many levels, "
-                f"got {len(self.block_out_channels)}, {len(self.down_block_types)} "
-                f"and {len(self.up_block_types)}"
-            )
-        for name, known in (
-            ("time_embedding_type", ("positional", "fourier", "learned")),
-            ("resnet_time_scale_shift", ("default", "scale_shift")),
-            ("downsample_type", ("conv", "resnet")),
-            ("upsample_type", ("conv", "resnet")),
-            ("class_embed_type", (None, "timestep", "identity")),
-            ("mid_block_type", (None, "UNetMidBlock2D")),
-            ("act_fn", tuple(ACTIVATIONS)),
-        ):
-            if getattr(self, name) not in known:
-                raise_unknown(name, str(getattr(self, name)), [str(k) for k in known])
-        for field, blocks in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
-            for kind in getattr(self, field):
-                if kind not in blocks:
-                    raise_unknown(f"entry in {field}", kind, blocks)
+        check_levels(self)
+        choices = {
+            "time_embedding_type": ("positional", "fourier", "learned"),
+            "resnet_time_scale_shift": ("default", "scale_shift"),
+            "downsample_type": ("conv", "resnet"),
+            "upsample_type": ("conv", "resnet"),
+            "class_embed_type": (None, "timestep", "identity"),
+            "mid_block_type": (None, "UNetMidBlock2D"),
+            "act_fn": tuple(ACTIVATIONS),
+        }
+        check_choices(self, choices, DOWN_BLOCKS, UP_BLOCKS)
         if self.layers_per_block < 1:
             raise UserError(f"layers_per_block must be 1 or more, got {self.layers_per_block}")
         if self.attn_norm_num_groups and self.block_out_channels[-1] % self.attn_norm_num_groups:

@@ -18,9 +18,9 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from sfumato.errors import UserError, raise_unknown
+from sfumato.errors import UserError
 from sfumato.networks.attention import AttentionHost
-from sfumato.networks.config import NetworkConfig
+from sfumato.networks.config import NetworkConfig, check_choices, check_levels
 from sfumato.networks.embeddings import TimestepEmbedding, Timesteps, sinusoidal
 from sfumato.networks.norm import GroupNorm
 from sfumato.networks.resnet import ACTIVATIONS, activation
@@ -161,12 +161,7 @@ class UNet2DConditionConfig(NetworkConfig):
         return cast(int, next((width for width, told in widths if told), None))
 
     def _check_levels(self) -> None:
-        levels = {len(self.block_out_channels), len(self.down_block_types), len(self.up_block_types)}
-        if len(levels) != 1 or 0 in levels:
-            raise UserError(
-                "block_out_channels, down_block_types and up_block_types must have equally many levels, "
-                f"got {len(self.block_out_channels)}, {len(self.down_block_types)} and {len(self.up_block_types)}"
-            )
+        check_levels(self)
         for name in (
             "only_cross_attention",
             "layers_per_block",
@@ -176,7 +171,7 @@ class UNet2DConditionConfig(NetworkConfig):
             "attention_head_dim",
             "num_attention_heads",
         ):
-            if len(self.by_level(name)) not in levels:
+            if len(self.by_level(name)) != len(self.block_out_channels):
                 raise UserError(f"{name} must be one value or one for each level, got {getattr(self, name)}")
         if min(self.by_level("layers_per_block")) < 1:
             raise UserError(f"layers_per_block must be 1 or more, got {self.layers_per_block}")
@@ -187,18 +182,13 @@ class UNet2DConditionConfig(NetworkConfig):
                 )
 
     def _check_choices(self) -> None:
-        for name, known in (
-            ("resnet_time_scale_shift", ("default", "scale_shift")),
-            ("class_embed_type", (None, "timestep", *VECTOR_CLASSES)),
-            ("mid_block_type", (None, "UNetMidBlock2DCrossAttn", "UNetMidBlock2D")),
-            ("act_fn", tuple(ACTIVATIONS)),
-        ):
-            if getattr(self, name) not in known:
-                raise_unknown(name, str(getattr(self, name)), [str(k) for k in known])
-        for field, blocks in (("down_block_types", CROSS_DOWN_BLOCKS), ("up_block_types", CROSS_UP_BLOCKS)):
-            for kind in getattr(self, field):
-                if kind not in blocks:
-                    raise_unknown(f"entry in {field}", kind, blocks)
+        choices = {
+            "resnet_time_scale_shift": ("default", "scale_shift"),
+            "class_embed_type": (None, "timestep", *VECTOR_CLASSES),
+            "mid_block_type": (None, "UNetMidBlock2DCrossAttn", "UNetMidBlock2D"),
+            "act_fn": tuple(ACTIVATIONS),
+        }
+        check_choices(self, choices, CROSS_DOWN_BLOCKS, CROSS_UP_BLOCKS)
         for name, built in NOT_BUILT.items():
             if getattr(self, name) not in built:
                 raise UserError(

@@ -229,8 +229,6 @@ class AutoencoderTask:
         if training and isinstance(self.network, VQModel):
             self._care_for_codes(x)
         x_hat, regular, codes = self.through(x, self._noise(x, generator) if training else None, self.recipe.loss)
-        if len(codes) and training:
-            self._count(codes)
         seen = x_hat.detach().float().requires_grad_()
         pixel, perceptual = self._errors(seen, x)
         each = self.recipe.loss.pixel * pixel + self.recipe.loss.perceptual * perceptual
@@ -244,7 +242,9 @@ class AutoencoderTask:
             slope, more = self._with_adversary(slope, seen, x_hat, x)
             figures |= more
         if len(codes):
-            figures["code_perplexity"] = perplexity(code_counts(codes.cpu(), len(self.memory["code_counts"])))
+            used = code_counts(codes, len(self.memory["code_counts"]))
+            figures["code_perplexity"] = perplexity(used.cpu())
+            self._count(used)
         value = _with_gradient(x_hat, slope, each.mean().detach()) + regular
         return Loss(value, each.detach(), None, each, figures=figures)
 
@@ -310,13 +310,11 @@ class AutoencoderTask:
         restart_dead(self.network.quantize.embedding.weight.data, counts, h, generator, config.threshold)
         counts.zero_()
 
-    def _count(self, codes: Tensor) -> None:
-        """Add the uses of codes in all processes to the memory of each."""
-        counts = self.memory["code_counts"]
-        found = code_counts(codes, len(counts))
+    def _count(self, used: Tensor) -> None:
+        """Add the uses of codes (K,) in all processes to the memory of each."""
         if _several_processes():
-            torch.distributed.all_reduce(found)
-        counts += found.cpu()
+            torch.distributed.all_reduce(used)
+        self.memory["code_counts"] += used.cpu()
 
     @torch.no_grad()
     def draw(self, count: int, steps: int) -> Image.Image:
