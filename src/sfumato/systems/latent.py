@@ -195,7 +195,7 @@ class Latent:
         wanted, unwanted = [], []
         for one in asked:
             said = {TEXT: one.prompt, LABEL: one.label}
-            wanted.append({name: value for name, value in said.items() if value is not None and name in self.reads})
+            wanted.append({name: value for name, value in said.items() if value is not None})
             unwanted.append({TEXT: one.negative} if one.negative is not None else {})
         return self.conditioner.encode(wanted), self.conditioner.encode(unwanted)
 
