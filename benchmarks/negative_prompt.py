@@ -1,6 +1,6 @@
 """Does a negative prompt take away what it names, and little else?
 
-    python benchmarks/negative_prompt.py --model MODEL --clip CLIP [--seeds 8] [--out negative.json] [--sheet FILE.png]
+    python benchmarks/negative_prompt.py --model MODEL [--clip clip-emoji] [--seeds 8] [--out F.json] [--sheet F.png]
 
 For each pair of `negative_prompts.json` (a prompt, a word that is not wanted) pictures are drawn with and without
 `--negative`, the same seeds. The score of a word is the mean cosine between the pictures and the word in CLIP's space.
@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import sfumato
+from sfumato import models
 from sfumato.images import from_pil, sheet
 from sfumato.systems import open_as
 from sfumato.systems.clip import CLIP
@@ -35,13 +36,14 @@ def scores(clip: CLIP, pictures: list[Image.Image], words: list[str]) -> list[fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="a model that reads text")
-    parser.add_argument("--clip", required=True, help="a CLIP trained by the recipe clip")
+    parser.add_argument("--clip", default="clip-emoji", help="a CLIP of the box, or a file of one")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--guidance", type=float, help="None for the model's own")
     parser.add_argument("--out", type=Path, help="where to write everything as JSON")
     parser.add_argument("--sheet", type=Path, help="where to write the pictures, a row without above each row with")
     chosen = parser.parse_args()
-    model, clip = sfumato.load(chosen.model), open_as(CLIP, chosen.clip)
+    judge = models.weights(chosen.clip) if chosen.clip in models.names() else chosen.clip
+    model, clip = sfumato.load(chosen.model), open_as(CLIP, judge)
     found, drawn, met = [], [], 0
     for pair in json.loads(PAIRS.read_text(encoding="utf-8")):
         words = [pair["prompt"], pair["unwanted"]]

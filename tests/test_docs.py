@@ -1,11 +1,12 @@
-"""The documents are true: every `sfumato …` line in their fenced blocks is run, and README's Python too.
+"""The documents are true: every `sfumato …` line in their fenced blocks is run, and the Python of some too.
 
 The lines of one document run in order in one folder of its own, which holds `pictures/` (1.png, 2.png …), `classes/`
-(the same in two class sub-folders), `captioned/` (with `metadata.jsonl`) and `data.parquet` (with the columns group,
-text and split). They run as printed but for their size: a `train` or `check` line gets the settings `QUICK` appended,
-and a `generate` line `--steps 2`, which overrule their own. Shell lines may continue with a backslash, begin with `$`
-or with variables, end in a comment, and send what they print `> into.file`. Lines of other programs (make, pip, git,
-accelerate …) are not run.
+(the same in two class sub-folders), `captioned/` (with `metadata.jsonl`), `data.parquet` (with the columns group, text
+and split), files of Stable Diffusion made small, and `photo.png` with a mask and a map of depths. They run as printed
+but for their size: a `train` or `check` line gets the settings `QUICK` appended, and a `generate` or `edit` line
+`--steps 2`, which overrule their own. Shell lines may continue with a backslash, begin with `$` or with variables, end
+in a comment, and send what they print `> into.file`. Lines of other programs (make, pip, git, accelerate …) are not
+run.
 
 A translation (`page.zh.md` beside `page.md`) must have the same lines as the original, and is not run again.
 
@@ -23,7 +24,7 @@ import pytest
 
 from sfumato import models
 
-from . import tiny
+from . import stable, tiny
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(path for path in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")] if path.is_file())
@@ -66,7 +67,7 @@ def quick(words: list[str]) -> list[str]:
     """The same command, small."""
     if words[1] in ("train", "check"):
         return [*words, *QUICK]
-    if words[1] == "generate":
+    if words[1] in ("generate", "edit"):
         return [*words, "--steps", "2"]
     return words
 
@@ -94,8 +95,21 @@ def _original(document: Path) -> Path | None:
     return original if original != document and original.is_file() else None
 
 
+@pytest.fixture(scope="module")
+def stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files that someone who has Stable Diffusion has, small."""
+    folder = tmp_path_factory.mktemp("stable")
+    names = {"model": "sd1", "inpainting": "sd1-inpainting", "depth": "sd2-depth", "upscaler": "sd-x4-upscaler"}
+    for file, name in names.items():
+        stable.write(folder / f"{file}.safetensors", name)
+    tiny.picture(1, size=40).save(folder / "photo.png")
+    tiny.picture(2, size=40).convert("L").save(folder / "depth.png")
+    tiny.picture(3, size=40).convert("L").point(lambda v: 255 * (v > 100)).save(folder / "mask.png")
+    return folder
+
+
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stable_diffusion: Path) -> Path:
     """The folder that a document's reader is in."""
     tiny.write_pictures(tmp_path / "classes", count=24, size=32)
     (tmp_path / "pictures").mkdir()
@@ -103,6 +117,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         tiny.picture(number, size=32).save(tmp_path / f"pictures/{number}.png")
     tiny.write_captioned(tmp_path / "captioned", count=24, size=32)
     shutil.copyfile(tiny.PARQUET, tmp_path / "data.parquet")
+    for file in stable_diffusion.iterdir():
+        shutil.copyfile(file, tmp_path / file.name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -118,8 +134,9 @@ def test_commands(document: Path, place: Path) -> None:
         _run(words)
 
 
-def test_python_of_the_readme(place: Path) -> None:
-    document = ROOT / "README.md"
+@pytest.mark.parametrize("name", ["README.md", "docs/stable-diffusion.md"])
+def test_python_of_documents(place: Path, name: str) -> None:
+    document = ROOT / name
     if not models.names():
         pytest.skip("the box holds no model in this installation")
     shared: dict[str, object] = {"__name__": "__main__"}

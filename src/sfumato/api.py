@@ -10,14 +10,18 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
 from sfumato import __version__, models
+from sfumato.checkpoints.formats.families import Prediction, family_named
+from sfumato.codecs.preview import LatentPreview
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.hooks import Hook, keep
 from sfumato.diffusion.solvers import Solver, find
@@ -28,6 +32,7 @@ from sfumato.systems import Drawing, Opened, open_system
 from sfumato.systems.asked import Asked
 from sfumato.systems.ddpm import DDPM
 from sfumato.systems.latent import Latent
+from sfumato.systems.stable_diffusion import config_of
 from sfumato.tasks.draw import (
     Guidance,
     choose_schedule,
@@ -36,13 +41,19 @@ from sfumato.tasks.draw import (
     draw,
     ignores_learned_variance,
 )
+from sfumato.tasks.edit import Source, composited, edit, enlarged, gone, scale_of
+from sfumato.tasks.original import Given, Original
 from sfumato.training import state
 from sfumato.training.trainer import default_device
 
+WEIGHTS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
+TILES = ("auto", "always", "never")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_SOMETIMES = ("guidance_rescale", "guidance_interval")  # settings that are stored where they are not off
+_SOMETIMES = ("guidance_rescale", "guidance_interval", "edit", "hires", "opening", "tiled")  # stored where on
 _BATCH = 16  # pictures drawn together; each picture's noise is its own, so this changes nothing but memory
+_BATCH_PIXELS = 2**20  # … and at most so many pixels, but always one picture
+_LARGE = 2**28  # bytes of weights from which a model computes in bfloat16 where the machine does so natively
 
 
 class Model:
@@ -52,18 +63,26 @@ class Model:
         system: what it is made of (config and denoiser).
         name: for people: the box's name, or the file's.
         sha256: of its weights' file.
-        dtype: of the network ("float32", "bfloat16", "float16"); pictures and solvers stay in float32.
+        dtype: of the networks ("float32", "bfloat16", "float16"); pictures and solvers stay in float32.
+        notes: what a user should know of how it was opened, each in one sentence.
+        opening: the options of opening that change what it draws; stored with every picture.
+        tiles: whether the codec works in tiles: auto (where memory is short), always, never.
     """
 
-    def __init__(self, opened: Opened, name: str, *, device: str = "auto", dtype: str = "auto") -> None:
+    def __init__(
+        self, opened: Opened, name: str, *, device: str = "auto", dtype: str = "auto", tiles: str = "auto"
+    ) -> None:
         if not isinstance(opened.system, DDPM | Latent):
             raise UserError(f"{name} holds a {opened.system.kind} model, which draws nothing by itself")
         self.system: Drawing = opened.system
-        self.name, self.sha256 = name, opened.sha256
+        self.name, self.sha256, self.notes, self.opening = name, opened.sha256, opened.notes, opened.opening
         self.device = choose_device(device)
         self.dtype = "float32" if dtype == "auto" else dtype
         if self.dtype not in DTYPES:
             raise_unknown("dtype", dtype, ["auto", *DTYPES])
+        if tiles not in TILES:
+            raise_unknown("choice of tiles", tiles, TILES)
+        self.tiles = tiles
         for network in self.system.networks().values():
             network.to(self.device, DTYPES[self.dtype]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -93,7 +112,16 @@ class Model:
         label: str | Sequence[str] | None = None,
         width: int | None = None,
         height: int | None = None,
+        dialect: str | None = None,
+        clip_skip: int | None = None,
+        variation: int | None = None,
+        variation_strength: float = 0.1,
+        towards: str | None = None,
+        towards_seed: int | None = None,
+        hires: float | None = None,
+        hires_strength: float = 0.5,
         on_step: Hook = keep,
+        on_plan: Callable[[int], None] | None = None,
     ) -> list[Image.Image]:
         """Draw `count` pictures (of each prompt).
 
@@ -108,7 +136,15 @@ class Model:
             label: a class of a class-conditional model, or several, which the pictures take in turn; "all" is every
                 class in turn; None leaves the class open.
             width, height: in pixels; None for the model's own. A pixel-space model draws its own size only.
+            dialect: how brackets and weights in prompts are read (a1111, comfy, compel, plain), for CLIP text towers.
+            clip_skip: how many of the text tower's last layers are left out (0: none), of both prompts.
+            variation: a second seed, towards whose noise each picture's own is turned by `variation_strength` in
+                [0, 1] of the angle between them.
+            towards, towards_seed: a second prompt, a second seed: the `count` pictures lead from the first to it in
+                equal steps, all with the one seed `seed`.
+            hires: draw, enlarge by this factor, and draw over it once more with `hires_strength` in (0, 1].
             on_step: hook of the sampling loop, `(x, level, prediction, noise) -> x`, called for each batch.
+            on_plan: told once, before the first step, how many steps there will be in all.
 
         Returns:
             RGB (or grey) pictures; `picture.info["sfumato"]` holds the settings that made each.
@@ -116,31 +152,135 @@ class Model:
         Raises:
             UserError: for anything the model cannot do, in one sentence.
         """
+        texts, names = self._texts(prompt, count), self._named(label)
+        words: dict[str, Any] = {"dialect": dialect, "clip_skip": clip_skip}
+        if variation is not None:
+            words |= {"variation": variation, "strength": variation_strength}
+        asked = [Asked(text, negative, names[i % len(names)], **words) for i, text in enumerate(texts)]
+        way = towards is not None or towards_seed is not None
+        if way:
+            asked = _on_the_way(asked, towards, towards_seed, len(set(texts)) > 1 or variation is not None)
+        self._refuse_what_does_not_apply(asked[0], width, height)
+        how = Guidance(guidance, guidance_rescale, guidance_interval)
+        settings = self._settings(steps, sampler, schedule, how, asked[0], width, height)
+        if hires is not None:
+            settings |= _second_pass(self.system, hires, hires_strength, settings["width"], settings["height"])
+        return self._all(asked, names, seed, settings, sampler, on_step, on_plan, same=way)
+
+    def edit(
+        self,
+        picture: Given,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        mask: Given | None = None,
+        box: Sequence[int] | None = None,
+        outpaint: Sequence[int] | None = None,
+        depth: Given | None = None,
+        strength: float | None = None,
+        noise_level: int | None = None,
+        upscale: float | None = None,
+        count: int = 1,
+        seed: int | None = None,
+        steps: int | None = None,
+        sampler: str | Solver[Any] | None = None,
+        schedule: str | None = None,
+        guidance: float | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
+        negative: str | None = None,
+        label: str | Sequence[str] | None = None,
+        dialect: str | None = None,
+        clip_skip: int | None = None,
+        on_step: Hook = keep,
+        on_plan: Callable[[int], None] | None = None,
+    ) -> list[Image.Image]:
+        """Change a picture, `count` times (for each prompt).
+
+        Args:
+            picture: a file or a Pillow picture, of any size (a pixel-space model takes its own).
+            mask, box, outpaint: what is redrawn: where a mask is white; a box (x, y, width, height); what is added on
+                the left, top, right and bottom. None: the whole picture. Pixels outside stay as they are, bit for bit.
+            depth: the picture's inverse depth, near is bright, for models that follow it.
+            strength: how far the picture is forgotten, in (0, 1]; None for 0.8, or 1 within a mask.
+            noise_level: of the small picture, for models that enlarge; None for 20.
+            upscale: enlarge the picture first, so that the model draws over it at the larger size.
+
+        The rest is as in `generate`; `steps` are those of the whole way, of which `strength` takes its part. Settings
+        name the picture by path and hash and do not hold it.
+        """
+        enlarges = scale_of(self.system)
+        if upscale is not None and enlarges != 1:
+            if upscale != enlarges:
+                raise UserError(f"model {self.name} enlarges by {enlarges}, not by {upscale:g}")
+            upscale = None
+        if noise_level is not None and enlarges == 1:
+            raise UserError("the noise of a small picture belongs to models that enlarge; leave it out")
+        if strength is not None and enlarges != 1:
+            raise UserError(f"model {self.name} enlarges and does not forget; leave the strength out")
+        original = Original.of(
+            picture, mask=mask, box=box, outpaint=outpaint, depth=depth, strength=strength if enlarges == 1 else 1.0,
+            noise_level=noise_level, upscale=upscale,
+        )  # fmt: skip
+        texts, names = self._texts(prompt, count), self._named(label)
+        words: dict[str, Any] = {"dialect": dialect, "clip_skip": clip_skip}
+        asked = [Asked(text, negative, names[i % len(names)], **words) for i, text in enumerate(texts)]
+        how = Guidance(guidance, guidance_rescale, guidance_interval)
+        width, height = (side * enlarges for side in original.picture.size)
+        self._refuse_what_does_not_apply(asked[0], width, height)
+        settings = self._settings(steps, sampler, schedule, how, asked[0], width, height)
+        settings |= {"edit": original.stored()}
+        return self._all(asked, names, seed, settings, sampler, on_step, on_plan, original=original)
+
+    def _all(
+        self,
+        asked: Sequence[Asked],
+        names: Sequence[str | None],
+        seed: int | None,
+        settings: dict[str, Any],
+        sampler: Any,
+        on_step: Hook,
+        on_plan: Callable[[int], None] | None,
+        *,
+        same: bool = False,
+        original: Original | None = None,
+    ) -> list[Image.Image]:
+        """All pictures, batch by batch; `same` gives all of them one seed."""
+        first = secrets.randbelow(2**32) if seed is None else seed
+        if not 0 <= first < 2**63 - len(asked):
+            raise UserError(f"seed must be at least 0 and below 2^63, got {first}")
+        self._refuse_what_does_not_apply(asked[0], settings["width"], settings["height"])
+        # refuses words that cannot be read, and labels that no picture comes to, before anything is drawn
+        self.system.check_words(list(dict.fromkeys([*asked, *(Asked(label=name) for name in names)])))
+        pictures: list[Image.Image] = []
+        together = _together(settings)
+        if self._tiles(settings["width"], settings["height"]):
+            settings = settings | {"tiled": True}
+        if on_plan is not None:
+            on_plan(_steps_each(settings) * -(-len(asked) // together))
+        for start in range(0, len(asked), together):
+            part = asked[start : start + together]
+            pictures += self._draw_batch(
+                first if same else first + start, part, settings, sampler, on_step, same=same, original=original
+            )
+        return pictures
+
+    def _tiles(self, width: int, height: int) -> bool:
+        """Whether pictures of this size go through the codec in tiles."""
+        return self.tiles == "always" or (self.tiles == "auto" and self.system.needs_tiles(width, height))
+
+    def preview_hook(self, show: Callable[[int, Image.Image], None]) -> Hook:
+        """A hook for `on_step` that calls `show(step, picture)` with what the picture is becoming, as small as its
+        latents, by a linear map that is measured on the model's own codec."""
+        return LatentPreview.measured(self.system.codec, torch.Generator().manual_seed(0)).hook(1, show)
+
+    def _texts(self, prompt: str | Sequence[str] | None, count: int) -> list[str | None]:
+        """The prompt of each picture."""
         if count < 1:
             raise UserError(f"count must be at least 1, got {count}")
         prompts: list[str | None] = [prompt] if prompt is None or isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise UserError("the list of prompts is empty")
-        names, texts = self._named(label), [text for text in prompts for _ in range(count)]
-        asked = [Asked(text, negative, names[i % len(names)]) for i, text in enumerate(texts)]
-        self._refuse_what_does_not_apply(asked[0], width, height)
-        first = secrets.randbelow(2**32) if seed is None else seed
-        if not 0 <= first < 2**63 - len(asked):
-            raise UserError(f"seed must be at least 0 and below 2^63, got {first}")
-        how = Guidance(guidance, guidance_rescale, guidance_interval)
-        settings = self._settings(steps, sampler, schedule, how, asked[0], width, height)
-        # refuses words that cannot be read, and labels that no picture comes to, before anything is drawn
-        self.system.conditions(list(dict.fromkeys([*asked, *(Asked(label=name) for name in names)])))
-        pictures: list[Image.Image] = []
-        for start in range(0, len(asked), _BATCH):
-            part = asked[start : start + _BATCH]
-            pictures += self._draw_batch(first + start, part, settings, sampler, on_step)
-        return pictures
-
-    def steps(self, steps: int | None, sampler: str | Solver[Any] | None, schedule: str | None) -> int:
-        """How many steps a picture takes with these settings, None standing for the model's own."""
-        chosen = sampler if sampler is not None else self.system.config.sampling.sampler
-        return choose_steps(self.system, choose_schedule(self.system, chosen, schedule), steps)
+        return [text for text in prompts for _ in range(count)]
 
     def remarks(self, sampler: str | Solver[Any] | None = None) -> list[str]:
         """What a user should know of drawing with this sampler (None: the model's own), each in one sentence."""
@@ -150,8 +290,11 @@ class Model:
         title = find(name)[0].title if isinstance(name, str) else type(name).__name__
         return [f"model {self.name} has learned the variance of its steps, which the sampler {title} ignores"]
 
-    def redraw(self, settings: Mapping[str, Any]) -> Image.Image:
+    def redraw(self, settings: Mapping[str, Any], pictures: Mapping[str, Given] | None = None) -> Image.Image:
         """The picture that stored settings describe, drawn in the same batch as then.
+
+        Args:
+            pictures: where "picture", "mask" and "depth" of an edit are now, if not where they were.
 
         Raises:
             UserError: settings that are incomplete or do not fit this model.
@@ -159,7 +302,7 @@ class Model:
         known = ("steps", "sampler", "schedule", "guidance", "width", "height", "dtype")
         try:
             batch = settings["batch"]
-            first, index = int(batch["seed"]), int(batch["index"])
+            first, index, same = int(batch["seed"]), int(batch["index"]), bool(batch.get("same_seed", False))
             said = batch["asked"] if "asked" in batch else [{"label": label} for label in batch["labels"]]
             asked = [Asked.restored(values) for values in said]
             chosen = {"model": self.name, "model_hash": self.sha256} | {key: settings[key] for key in known}
@@ -170,32 +313,61 @@ class Model:
             raise UserError("the settings name a batch that cannot be")
         self._refuse_what_does_not_apply(asked[0], chosen["width"], chosen["height"])
         choose_solver(self.system, chosen["sampler"])
-        return self._draw_batch(first, asked, chosen, None, keep)[index]
+        original = Original.restored(chosen["edit"], pictures) if "edit" in chosen else None
+        return self._draw_batch(first, asked, chosen, None, keep, same=same, original=original)[index]
 
     def _draw_batch(
-        self, first: int, asked: Sequence[Asked], settings: dict[str, Any], sampler: Any, on_step: Hook
+        self,
+        first: int,
+        asked: Sequence[Asked],
+        settings: dict[str, Any],
+        sampler: Any,
+        on_step: Hook,
+        *,
+        same: bool = False,
+        original: Original | None = None,
     ) -> list[Image.Image]:
         """Pictures that are drawn together, each with its settings."""
         interval = settings.get("guidance_interval")
-        x = draw(
-            self.system,
-            seeds=range(first, first + len(asked)),
-            asked=asked,
-            sampler=settings["sampler"] if sampler is None else sampler,
-            schedule=settings["schedule"],
-            steps=settings["steps"],
-            guidance=Guidance(
+        seeds = [first] * len(asked) if same else list(range(first, first + len(asked)))
+        how: dict[str, Any] = {
+            "seeds": seeds,
+            "asked": asked,
+            "sampler": settings["sampler"] if sampler is None else sampler,
+            "schedule": settings["schedule"],
+            "steps": settings["steps"],
+            "guidance": Guidance(
                 settings["guidance"], settings.get("guidance_rescale", 0.0), tuple(interval) if interval else None
             ),
-            size=(settings["width"], settings["height"]),
-            on_step=on_step,
-        )
-        together = {"seed": first, "asked": [one.stored() for one in asked]}
+            "tiled": settings.get("tiled", False),
+            "on_step": on_step,
+        }
+        pictures = self._edited(original, how) if original is not None else self._drawn(settings, how)
+        together = {"seed": first, "asked": [one.stored() for one in asked]} | ({"same_seed": True} if same else {})
         shared = settings | {"made_with": environment(self.device)}
         return [
-            with_settings(picture, shared | one.stored() | {"seed": first + i, "batch": together | {"index": i}})
-            for i, (one, picture) in enumerate(zip(asked, to_pil(x.cpu()), strict=True))
+            with_settings(picture, shared | one.stored() | {"seed": seed, "batch": together | {"index": i}})
+            for i, (seed, one, picture) in enumerate(zip(seeds, asked, pictures, strict=True))
         ]
+
+    def _drawn(self, settings: Mapping[str, Any], how: dict[str, Any]) -> list[Image.Image]:
+        """New pictures, with a second pass at a larger size where that was asked."""
+        width, height = settings["width"], settings["height"]
+        again = settings.get("hires")
+        if again is None:
+            return to_pil(draw(self.system, size=(width, height), **how).cpu())
+        x = enlarged(draw(self.system, size=(again["width"], again["height"]), **how), width, height)
+        return to_pil(edit(self.system, Source(x, strength=again["strength"]), **how).cpu())
+
+    def _edited(self, original: Original, how: dict[str, Any]) -> list[Image.Image]:
+        """Changed pictures; outside the mask the original itself."""
+        channels = 3 if isinstance(self.system, Latent) else self.system.config.channels
+        source = original.source(channels)
+        pictures = to_pil(edit(self.system, source, **how).cpu())
+        if source.mask is None:
+            return pictures
+        kept = original.picture.convert(pictures[0].mode)
+        return [_composited(picture, kept, source.mask) for picture in pictures]
 
     def _named(self, label: str | Sequence[str] | None) -> list[str | None]:
         """The labels that pictures take in turn."""
@@ -236,10 +408,12 @@ class Model:
             "sampler": find(chosen)[0].name if isinstance(chosen, str) else repr(chosen),
             "schedule": spacing,
             "guidance": scale,
-            "width": width or self.system.config.size,
-            "height": height or self.system.config.size,
+            "width": width if width is not None else self.system.config.size,
+            "height": height if height is not None else self.system.config.size,
             "dtype": self.dtype,
         }
+        if self.opening:
+            settings["opening"] = self.opening
         if guidance.rescale:
             settings["guidance_rescale"] = guidance.rescale
         if guidance.interval is not None:
@@ -263,6 +437,54 @@ class Model:
                 raise UserError(f"{what} must be 8 to 4096 pixels, got {size}")
 
 
+def _on_the_way(
+    asked: Sequence[Asked], towards: str | None, towards_seed: int | None, several: bool
+) -> list[Asked]:
+    """The pictures that lead from a prompt and a seed to others, in equal steps."""
+    if several:
+        raise UserError("pictures on the way to a second prompt or seed begin with one prompt and no variation")
+    if len(asked) < 2:
+        raise UserError("pictures on the way to a second prompt or seed are at least 2; give a count")
+    shares = [i / (len(asked) - 1) for i in range(len(asked))]
+    words = [{} if towards is None else {"towards": towards, "share": share} for share in shares]
+    seeds = [{} if towards_seed is None else {"variation": towards_seed, "strength": share} for share in shares]
+    return [replace(one, **a, **b) for one, a, b in zip(asked, words, seeds, strict=True)]  # type: ignore[arg-type]
+
+
+def _second_pass(system: Drawing, scale: float, strength: float, width: int, height: int) -> dict[str, Any]:
+    """The settings of a second pass at a larger size: what the first one draws, and the size of the result."""
+    if not isinstance(system, Latent) or scale_of(system) != 1:
+        raise UserError("a second pass needs a latent model that draws any size")
+    if not 1 < scale <= 8:
+        raise UserError(f"the second pass enlarges by more than 1 and at most 8, got {scale}")
+    if not 0 < strength <= 1:
+        raise UserError(f"the strength of the second pass must be above 0 and at most 1, got {strength}")
+    first = {"width": width, "height": height, "strength": strength}
+    return {"hires": first, "width": round(width * scale), "height": round(height * scale)}
+
+
+def _together(settings: Mapping[str, Any]) -> int:
+    """How many pictures of this size are drawn in one batch."""
+    pixels: int = settings["width"] * settings["height"]
+    return max(1, min(_BATCH, _BATCH_PIXELS // pixels))
+
+
+def _steps_each(settings: Mapping[str, Any]) -> int:
+    """How many steps one batch takes."""
+    steps: int = settings["steps"]
+    if "hires" in settings:
+        return steps + gone(steps, float(settings["hires"]["strength"]))
+    strength: float = settings["edit"]["strength"] if "edit" in settings else 1
+    return gone(steps, strength)
+
+
+def _composited(drawn: Image.Image, original: Image.Image, mask: torch.Tensor) -> Image.Image:
+    """Drawn inside the mask, the original outside, bit for bit."""
+    values = [torch.from_numpy(np.atleast_3d(np.array(one))).permute(2, 0, 1) for one in (drawn, original)]
+    array = composited(values[0][None], values[1], mask)[0].permute(1, 2, 0).contiguous().numpy()
+    return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """What pictures are made with, as far as it can change their bytes."""
     made: dict[str, Any] = {"sfumato": __version__, "torch": str(torch.__version__), "device": device.type}
@@ -272,26 +494,74 @@ def environment(device: torch.device) -> dict[str, Any]:
     return made | {"kernel": getattr(attention_kernel(), "__name__", "custom")}
 
 
-def load(path_or_name: str | Path | None = None, *, device: str = "auto", dtype: str = "auto") -> Model:
-    """Open a model: a name from the box, a model file, a run, a checkpoint, or a diffusers pipeline folder.
+def load(
+    path_or_name: str | Path | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    vae: str | Path | None = None,
+    prediction: Prediction = "unknown",
+    averaged: bool = False,
+    allow_pickle: bool = False,
+    tiles: str = "auto",
+) -> Model:
+    """Open a model: a name from the box, a model file, a run, a checkpoint, a single file or a folder of Stable
+    Diffusion.
 
     Args:
         path_or_name: None takes the best model in the box.
         device: auto (a GPU if there is one), cpu, or another of torch's device names.
-        dtype: of the network: auto (float32), float32, bfloat16 or float16.
+        dtype: of the networks: auto, float32, bfloat16 or float16. "auto" is half precision for large models where the
+            machine computes with it natively (bfloat16 on a CPU, float16 on a GPU), else float32.
+        vae: another first stage: a file or a folder.
+        prediction: "eps" or "v" where a foreign file does not say it, or says it wrongly.
+        averaged: read the running average of the weights (EMA) that some single files keep apart.
+        allow_pickle: open `.ckpt` and `.bin`, by a reader that builds tensors and runs nothing.
+        tiles: whether large pictures go through the codec in tiles: auto (where memory is short), always, never.
 
     Raises:
         UserError: in one sentence, when it cannot be opened.
     """
     wanted = str(path_or_name) if path_or_name is not None else models.BEST
+    if dtype not in ("auto", *DTYPES):
+        raise_unknown("dtype", dtype, ["auto", *DTYPES])
     if wanted in models.names():
-        return Model(open_system(models.weights(wanted)), wanted, device=device, dtype=dtype)
-    path = Path(wanted)
-    if not path.exists() and path.suffix == "" and len(path.parts) == 1:
-        raise UserError(_no_such_model(wanted))
-    found = weights_of(path)
-    name = path.resolve().name.removesuffix(".safetensors")
-    return Model(open_system(found), name, device=device, dtype=dtype)
+        found, name = models.weights(wanted), wanted
+    else:
+        path = Path(wanted)
+        if not path.exists() and path.suffix == "" and len(path.parts) == 1:
+            raise UserError(_no_such_model(wanted))
+        found, name = weights_of(path), path.resolve().name.removesuffix(".safetensors")
+    kind = _fitting_dtype(found, choose_device(device)) if dtype == "auto" else dtype
+    opened = open_system(
+        found, allow_pickle=allow_pickle, prediction=prediction, averaged=averaged, vae=vae, dtype=DTYPES[kind]
+    )
+    return Model(opened, name, device=device, dtype=kind, tiles=tiles)
+
+
+def random_model(family: str, *, device: str = "auto", dtype: str = "float32") -> Model:
+    """A model of a published layout with random weights: for measuring, not for drawing.
+
+    Args:
+        family: a name such as "sd1" or "sd2-v" (`checkpoints.formats.families.FAMILIES`).
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        system = Latent.create(config_of(family_named(family)))
+    for network in system.networks().values():
+        network.eval()
+    return Model(Opened(system, Path(), ""), f"random {family}", device=device, dtype=dtype)
+
+
+def _fitting_dtype(path: Path, device: torch.device) -> str:
+    """Half precision for a large model where the device computes with it natively, else float32."""
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    if sum(p.stat().st_size for p in files if p.suffix in WEIGHTS) < _LARGE:
+        return "float32"
+    if device.type != "cpu":
+        return "float16"  # which every GPU computes with natively
+    native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # type: ignore[no-untyped-call,unused-ignore]
+    return "bfloat16" if native else "float32"
 
 
 def _no_such_model(wanted: str) -> str:

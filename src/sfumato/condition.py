@@ -66,6 +66,20 @@ class Condition:
             self, **{f.name: move(v) for f in fields(self) if (v := getattr(self, f.name)) is not None}
         )
 
+    def rows(self, start: int, stop: int) -> Condition:
+        """The pictures from `start` up to `stop` of the batch."""
+
+        def pick(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value[start:stop]
+            if isinstance(value, tuple):
+                return tuple(pick(item) for item in value)
+            return {name: pick(item) for name, item in value.items()}
+
+        return replace(
+            self, **{f.name: pick(v) for f in fields(self) if (v := getattr(self, f.name)) is not None}
+        )
+
     def stacked_on(self, first: Condition) -> Condition:
         """One condition of twice the batch, `first`'s pictures before this one's (guidance in a single call).
 

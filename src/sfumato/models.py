@@ -23,6 +23,11 @@ def names() -> list[str]:
     return sorted(p.name for p in _FOLDER.iterdir() if (p / "model.safetensors").is_file())
 
 
+def drawing() -> list[str]:
+    """Names of those that draw pictures: neither codecs nor judges."""
+    return [name for name in names() if name not in ("clip-emoji", "emoji-codec")]
+
+
 def weights(name: str) -> Path:
     """The model file of that name. Unknown names raise `UserError` with the nearest."""
     if name not in names():

@@ -69,6 +69,12 @@ class NoiseSource:
         increment = (self._path(j) - self._path(i)) * (1 / (unit * math.sqrt(abs(j - i))))
         return increment.to(self.device, self.dtype)
 
+    def reshaped(self, shape: Sequence[int]) -> NoiseSource:
+        """The same streams, from where they are now, cut to another shape. This source must not be drawn from again."""
+        after = NoiseSource(self.seeds, shape, dtype=self.dtype, device=self.device)
+        after._generators = self._generators
+        return after
+
     def new_path(self) -> None:
         """From here on `between` follows another path: a grid that went up again crosses intervals a second time, and
         their noise must not be that of the first."""

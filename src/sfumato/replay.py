@@ -25,6 +25,7 @@ from sfumato.api import Model, load
 from sfumato.checkpoints import hashes
 from sfumato.errors import UserError
 from sfumato.images import read_settings
+from sfumato.tasks.original import Given
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,22 @@ class Replayed:
     differences: list[str]
 
 
-def replay(path: str | Path, model: str | Path | None = None) -> Replayed:
+def replay(
+    path: str | Path,
+    model: str | Path | None = None,
+    *,
+    vae: str | Path | None = None,
+    pictures: Mapping[str, Given] | None = None,
+    allow_pickle: bool = False,
+) -> Replayed:
     """Draw the picture of a file again.
 
     Args:
         path: a PNG, JPEG or WebP written by Sfumato.
         model: where its model is, if it is neither in the box nor where it was last seen.
+        vae: where the other first stage is, if it had one and that is not where it was.
+        pictures: of an edit, where "picture" (the original), "mask" and "depth" are now.
+        allow_pickle: whether the model may be a `.ckpt`.
 
     Raises:
         UserError: no settings, another program's settings, or a model that is missing or another one.
@@ -48,8 +59,8 @@ def replay(path: str | Path, model: str | Path | None = None) -> Replayed:
     settings = _own_settings(Path(path))
     then = settings["made_with"]
     with _threads(then.get("threads")):
-        opened = _model_of(settings, model, Path(path))
-        picture = opened.redraw(settings)
+        opened = _model_of(settings, model, vae, Path(path), allow_pickle)
+        picture = opened.redraw(settings, pictures)
         now = picture.info["sfumato"]["made_with"]
     return Replayed(picture, differences(then, now))
 
@@ -79,27 +90,44 @@ def _own_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _model_of(settings: Mapping[str, Any], model: str | Path | None, path: Path) -> Model:
+def _model_of(
+    settings: Mapping[str, Any], model: str | Path | None, vae: str | Path | None, path: Path, allow_pickle: bool
+) -> Model:
     """The model with the stored hash: the one named, one in the box, or one seen before."""
     wanted, made = str(settings["model_hash"]), settings["made_with"]
     device, dtype = str(made["device"]), str(settings["dtype"])
     if device != "cpu" and not torch.accelerator.is_available():
         device = "cpu"
-    if model is not None:
-        opened = load(model, device=device, dtype=dtype)
-        if opened.sha256 != wanted:
-            raise UserError(f"{path} was drawn by model {wanted[:10]}, but {model} is {opened.sha256[:10]}")
-        opened.name = str(settings["model"])
-        return opened
-    boxed = [name for name in models.names() if hashes.sha256(models.weights(name)) == wanted]
-    found = boxed[0] if boxed else hashes.find(wanted)
+    opening = dict(settings.get("opening", {}))
+    stage = _stage_of(opening.pop("vae", None), vae, path)
+    found = model
+    if found is None:
+        boxed = [name for name in models.names() if hashes.sha256(models.weights(name)) == wanted]
+        found = boxed[0] if boxed else hashes.find(wanted)
     if found is None:
         raise UserError(
             f"the model of {path}, {settings['model']} ({wanted[:10]}), is not here; name it with --model PATH"
         )
-    opened = load(found, device=device, dtype=dtype)
+    opened = load(found, device=device, dtype=dtype, vae=stage, allow_pickle=allow_pickle, **opening)
+    if opened.sha256 != wanted:
+        raise UserError(f"{path} was drawn by model {wanted[:10]}, but {found} is {opened.sha256[:10]}")
+    told = settings.get("opening", {}).get("vae")
+    if told is not None and opened.opening["vae"]["sha256"] != told["sha256"]:
+        raise UserError(f"{path} was drawn with another first stage than {stage}")
     opened.name = str(settings["model"])
     return opened
+
+
+def _stage_of(told: Any, named: str | Path | None, path: Path) -> str | Path | None:
+    """Where the first stage is that took the place of the model's own."""
+    if told is None:
+        if named is not None:
+            raise UserError(f"{path} was drawn with the model's own first stage; leave --vae out")
+        return None
+    place = named if named is not None else Path(str(told["path"]))
+    if not Path(place).exists():
+        raise UserError(f"the first stage of {path}, {place}, is not here; name it with --vae PATH")
+    return place
 
 
 @contextmanager

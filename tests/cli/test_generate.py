@@ -184,7 +184,7 @@ def test_picture_of_a_batch_is_the_picture_alone(place: Path) -> None:
 
 @pytest.mark.slow
 @needs_box
-@pytest.mark.parametrize("name", [name for name in models.names() if "codec" not in name] or [models.BEST])
+@pytest.mark.parametrize("name", models.drawing() or [models.BEST])
 def test_picture_of_a_batch_is_the_picture_alone_with_shipped_models(name: str) -> None:
     _batch_and_alone(sfumato.load(name, device="cpu"), steps=None)
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from sfumato.conditioners import words
+from sfumato.conditioners.clip_prompt import ClipPrompt
 from sfumato.conditioners.joint import JointText
 from sfumato.conditioners.minilm import MiniLM
 from sfumato.conditioners.words import Tokenizer
@@ -103,3 +104,10 @@ def write_clip(folder: Path, *, pad: str = "<|endoftext|>", dtype: torch.dtype =
     settings = {**marks, "pad_token": pad, "tokenizer_class": "CLIPTokenizer", "model_max_length": 10}
     (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def clip_prompt() -> ClipPrompt:
+    """A text tower of Stable Diffusion 1's kind, with random weights."""
+    tower = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    return ClipPrompt(tower, pad=49407)

@@ -128,3 +128,13 @@ def test_a_new_path_is_independent_of_the_last_and_as_well_fixed_by_the_seed() -
 def test_an_empty_interval_is_refused(ends: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match="two different ends"):
         NoiseSource([0], (1,)).between(*ends)
+
+
+def test_another_shape_goes_on_in_the_same_streams() -> None:
+    noise = NoiseSource([3, 4], (2, 5))
+    first = noise.draw()
+    after = noise.reshaped((4, 4)).draw()
+    for i, seed in enumerate((3, 4)):
+        generator = torch.Generator().manual_seed(seed)
+        assert torch.equal(first[i], torch.randn(2, 5, generator=generator))
+        assert torch.equal(after[i], torch.randn(4, 4, generator=generator))

@@ -42,16 +42,25 @@ def sha256(path: Path) -> str:
     return digest
 
 
+def remember(folder: Path, digest: str) -> None:
+    """Note the hash of a whole folder, so that `find` finds it by it."""
+    known, key = _read(), str(folder.resolve())
+    entry = [*_stamp(folder), digest]
+    if known.get(key) != entry:
+        known.pop(key, None)
+        _write({**known, key: entry})
+
+
 def together(*digests: str) -> str:
     """One hash for several files: the only one itself, else the SHA-256 of all of them in this order."""
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def find(digest: str) -> Path | None:
-    """A remembered file that still has this SHA-256 by size and time, or None."""
+    """A remembered file (or folder) that still has this SHA-256 by size and time, or None."""
     for key, entry in reversed(_read().items()):
         path = Path(key)
-        if entry[2] == digest and path.is_file() and _stamp(path) == entry[:2]:
+        if entry[2] == digest and path.exists() and _stamp(path) == entry[:2]:
             return path
     return None
 

@@ -223,25 +223,45 @@ def load_strictly(module: torch.nn.Module, tensors: Mapping[str, Tensor], *, wha
     module.load_state_dict(dict(tensors))
 
 
+def take_over(
+    module: torch.nn.Module, tensors: Mapping[str, Tensor], *, what: str, dtype: torch.dtype | None = None
+) -> None:
+    """Make stored tensors the weights of a module on "meta", without a second copy of any that needs no change.
+
+    Args:
+        tensors: every name and shape must fit, see `check_fit`.
+        dtype: of the weights; None for the type that each is stored in.
+    """
+    check_fit(module, tensors, what=what)
+    typed = {n: t.to(dtype) if dtype is not None and t.is_floating_point() else t for n, t in tensors.items()}
+    # torch's own memory begins at multiples of 64; what is mapped from a file may not, and kernels may round otherwise
+    aligned = {n: t if t.data_ptr() % 64 == 0 or dtype is None else t.clone() for n, t in typed.items()}
+    module.load_state_dict(aligned, assign=True)
+
+
 def check_fit(module: torch.nn.Module, tensors: Mapping[str, Tensor], *, what: str) -> None:
     """Compare names and shapes with those of a module, which may be on "meta" and hold no memory yet.
 
     Raises:
-        ModelFileError: with the first ten names or shapes that do not fit.
+        ModelFileError: with the first ten names, shapes or types that do not fit.
     """
     own = module.state_dict()
     missing = [name for name in own if name not in tensors]
     foreign = [name for name in tensors if name not in own]
     misshapen = [name for name, t in tensors.items() if name in own and own[name].shape != t.shape]
+    fractions = {name: t.is_floating_point() for name, t in own.items()}
+    mistyped = [n for n, t in tensors.items() if fractions.get(n, t.is_floating_point()) != t.is_floating_point()]
 
     def problem(name: str) -> str:
         if name not in tensors:
             return f"{name} is missing{nearest(name, foreign)}"
         if name not in own:
             return f"{name} is not part of the model{nearest(name, missing)}"
+        if tensors[name].shape == own[name].shape:
+            return f"{name} holds numbers of type {str(tensors[name].dtype).removeprefix('torch.')}"
         return f"{name} has shape {tuple(tensors[name].shape)}, the config says {tuple(own[name].shape)}"
 
-    problems = missing + foreign + misshapen
+    problems = missing + foreign + list(dict.fromkeys(misshapen + mistyped))
     if problems:
         more = f" and {len(problems) - _NAMED_PROBLEMS} more" if len(problems) > _NAMED_PROBLEMS else ""
         named = "; ".join(problem(name) for name in problems[:_NAMED_PROBLEMS])

@@ -1,8 +1,8 @@
 """Tensors of a safetensors file one at a time: seen without being read, read in a wanted type, written as they come.
 
 A file's header gives names, shapes and types; tensors on "meta" stand for them. A tensor is read when it is asked for:
-in its stored type it stays on the disk and is mapped into memory, in another it is read and cast, so that a model in
-memory costs its weights once, plus one tensor. Equal tensors and metadata make equal files.
+with no wanted type it stays on the disk and is mapped into memory, else it is read and cast, so that a model in memory
+costs its weights once, plus one tensor. Equal tensors and metadata make equal files.
 
 >>> import tempfile
 >>> path = Path(tempfile.mkdtemp()) / "m.safetensors"
@@ -100,12 +100,13 @@ class TensorFile:
 
         Args:
             name: as in `seen`.
-            dtype: None for the stored type; whole numbers and truth values keep theirs.
+            dtype: None for the stored type, mapped from the disk; else the tensor has memory of its own. Whole numbers
+                and truth values keep their type.
         """
         stored = self.seen[name]
         wanted = stored.dtype if dtype is None or not stored.is_floating_point() else dtype
         try:
-            if wanted == stored.dtype:
+            if dtype is None:
                 tensor: Tensor = self._mapped.get_tensor(name)
                 return tensor
             return self._read_bytes(name).to(wanted)

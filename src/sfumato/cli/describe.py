@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sfumato.cli.drawing import AllowPickle
 from sfumato.errors import UserError
 
 models_app = typer.Typer(
@@ -47,11 +48,12 @@ def show_model(name: Annotated[str, typer.Argument(help="A name from `sfumato mo
 def info(
     file: Annotated[Path, typer.Argument(help="A model, a run or a picture.")],
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Tell what a model, a run or a picture is."""
     if not file.exists():
         raise UserError(f"there is nothing at {file}")
-    known = _of_picture(file) if file.suffix.lower() in _PICTURES else _of_model(file)
+    known = _of_picture(file) if file.suffix.lower() in _PICTURES else _of_model(file, allow_pickle)
     if as_json:
         print(json.dumps(known, indent=1, ensure_ascii=False))
         return
@@ -68,7 +70,7 @@ def _of_picture(file: Path) -> dict[str, Any]:
     return dict(settings)
 
 
-def _of_model(file: Path) -> dict[str, Any]:
+def _of_model(file: Path, allow_pickle: bool) -> dict[str, Any]:
     from sfumato.api import weights_of
     from sfumato.systems import open_system
     from sfumato.training.run import CONFIG
@@ -79,10 +81,17 @@ def _of_model(file: Path) -> dict[str, Any]:
         metrics = file / "metrics.jsonl"
         if (last := _last_record(metrics)) is not None:
             known["last metrics"] = last
-    opened = open_system(weights_of(file))
+    opened = open_system(weights_of(file), allow_pickle=allow_pickle, dtype=None)
     config = opened.system.config.model_dump(mode="json")
     parameters = sum(t.numel() for t in opened.system.tensors().values())
-    return known | {"weights": str(opened.path), "sha256": opened.sha256, "parameters": parameters} | config
+    known |= {"weights": str(opened.path), "sha256": opened.sha256, "parameters": parameters}
+    if opened.notes:
+        known["notes"] = list(opened.notes)
+    if opened.file is not None:
+        coverage = opened.file.coverage
+        left = {reason: len(names) for reason, names in coverage.ignored.items()}
+        known["tensors"] = {"used": len(coverage.matched), "left aside": left}
+    return known | config
 
 
 def _last_record(metrics: Path) -> Any:

@@ -12,11 +12,14 @@ from typing import Any
 
 import typer
 
+from sfumato.cli.bench import bench
+from sfumato.cli.convert import convert
 from sfumato.cli.data import data_app
 from sfumato.cli.describe import doctor, info, models_app
+from sfumato.cli.edit import edit
 from sfumato.cli.evaluate import evaluate_app
 from sfumato.cli.explain import explain_app
-from sfumato.cli.generate import edit, generate
+from sfumato.cli.generate import generate
 from sfumato.cli.replay import replay
 from sfumato.cli.samplers import samplers, schedules
 from sfumato.cli.train import check, recipes_app, train
@@ -34,6 +37,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(edit)
 app.command()(replay)
+app.command()(convert)
 app.command()(samplers)
 app.command()(schedules)
 app.command()(train)
@@ -43,6 +47,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(models_app, name="models")
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(explain_app, name="explain")
+app.command()(bench)
 app.command()(info)
 app.command()(doctor)
 

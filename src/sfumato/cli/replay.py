@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from sfumato.cli.drawing import AllowPickle
 from sfumato.errors import UserError
 
 
@@ -18,6 +19,11 @@ def replay(
     picture: Annotated[Path, typer.Argument(help="A picture drawn by Sfumato.")],
     out: Annotated[Path, typer.Option(help="Where the regenerated picture goes.")],
     model: Annotated[str | None, typer.Option(help="Where its model is, if it is not found by itself.")] = None,
+    vae: Annotated[Path | None, typer.Option(help="Where its other first stage is, if it had one.")] = None,
+    original: Annotated[Path | None, typer.Option(help="Where the picture is that was edited.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Where the mask is that it was edited with.")] = None,
+    depth: Annotated[Path | None, typer.Option(help="Where its map of depths is.")] = None,
+    allow_pickle: AllowPickle = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
 ) -> None:
     """Regenerate a picture from the settings it carries; on the same machine the same bytes."""
@@ -26,7 +32,9 @@ def replay(
     from sfumato import images
     from sfumato import replay as replaying
 
-    again = replaying.replay(picture, model)
+    given = {"picture": original, "mask": mask, "depth": depth}
+    pictures = {name: place for name, place in given.items() if place is not None}
+    again = replaying.replay(picture, model, vae=vae, pictures=pictures, allow_pickle=allow_pickle)
     images.save_picture(again.picture, out, overwrite=overwrite)
     for difference in again.differences:
         print(f"differs: {difference}")

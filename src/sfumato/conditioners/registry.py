@@ -6,7 +6,7 @@ MiniLM in its package, others by `find`, which maps a SHA-256 to a file on this 
 >>> from_config({"kind": "label", "names": ["cat", "dog"]}).encode(["dog"]).labels.tolist()
 [1]
 >>> sorted(CONDITIONERS)
-['clip', 'combined', 'embedded-label', 'joint', 'label', 'minilm']
+['clip', 'clip-prompt', 'combined', 'depth', 'embedded-label', 'joint', 'label', 'low-resolution', 'masked', 'minilm']
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfumato.conditioners import shown
 from sfumato.conditioners.base import Combined, Conditioner, check_keys
 from sfumato.conditioners.clip import CLIPText
+from sfumato.conditioners.clip_prompt import ClipPrompt
 from sfumato.conditioners.joint import JointText
 from sfumato.conditioners.label import EmbeddedLabel, LabelConditioner
 from sfumato.conditioners.minilm import MiniLM
@@ -53,10 +55,14 @@ def _minilm(config: Mapping[str, Any], find: Find, hasher: Hasher) -> Conditione
 
 CONDITIONERS: dict[str, Callable[[Mapping[str, Any], Find, Hasher], Conditioner]] = {
     "clip": _clip,
+    "clip-prompt": lambda config, find, hasher: ClipPrompt.from_config(config),
     "combined": _combined,
+    "depth": lambda config, find, hasher: shown.from_config(config),
     "embedded-label": lambda config, find, hasher: EmbeddedLabel.from_config(config),
     "joint": lambda config, find, hasher: TextConditioner(JointText.from_config(config)),
     "label": lambda config, find, hasher: LabelConditioner.from_config(config),
+    "low-resolution": lambda config, find, hasher: shown.from_config(config),
+    "masked": lambda config, find, hasher: shown.from_config(config),
     "minilm": _minilm,
 }
 """Kind -> builder of (config, find, hasher)."""

@@ -93,5 +93,9 @@ def start(noise: NoiseSource, first: NoiseLevel) -> Tensor:
     On a variance-preserving path that is 1; on an exploding one it counts the (unit-variance) data in, and on a flow
     that begins at pure noise it is 1 too.
     """
-    z = noise.draw()
+    return started(noise.draw(), first)
+
+
+def started(z: Tensor, first: NoiseLevel) -> Tensor:
+    """`start` from unit noise that has been drawn."""
     return expand(torch.sqrt(first.alpha**2 + first.sigma**2), z) * z

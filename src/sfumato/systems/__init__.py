@@ -6,19 +6,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
+from sfumato.checkpoints import hashes
 from sfumato.checkpoints.formats import diffusers
-from sfumato.checkpoints.io import check_is_file, read_model
-from sfumato.errors import ModelFileError, raise_unknown
+from sfumato.checkpoints.formats.families import Prediction
+from sfumato.checkpoints.formats.single_file import SingleFile
+from sfumato.checkpoints.io import check_is_file, read_header, read_model, stored_config
+from sfumato.errors import ModelFileError, UserError, raise_unknown
 from sfumato.systems.clip import CLIP, CLIPConfig
 from sfumato.systems.codec import CodecConfig, CodecSystem
 from sfumato.systems.config import Strict, parse
 from sfumato.systems.ddpm import DDPM, DDPMConfig
 from sfumato.systems.exchange import open_folder
 from sfumato.systems.latent import Latent, LatentConfig
+from sfumato.systems.stable_diffusion import open_single_file, with_codec
 
 System = DDPM | Latent | CodecSystem | CLIP
 """What a model file can hold."""
@@ -36,48 +42,122 @@ SYSTEMS: dict[str, tuple[type[Strict], Any]] = {
 
 @dataclass(frozen=True)
 class Opened:
-    """A model read from disk: the system, where it came from and the SHA-256 of its weights."""
+    """A model read from disk.
+
+    Attributes:
+        system: the model.
+        path: where it came from.
+        sha256: of its weights, hexadecimal; of the model's own, where another first stage was put in.
+        notes: what a user should know of how it was opened, each in one sentence.
+        file: the account of the tensors of a single file that another program wrote.
+        opening: the options that it was opened with, where they change what it draws, as JSON.
+    """
 
     system: System
     path: Path
     sha256: str
+    notes: tuple[str, ...] = ()
+    file: SingleFile | None = None
+    opening: dict[str, Any] = field(default_factory=dict)
 
 
 SystemT = TypeVar("SystemT", bound=System)
 
 
-def open_as(kind: type[SystemT], path: str | Path) -> SystemT:
+def open_as(kind: type[SystemT], path: str | Path, *, allow_pickle: bool = False) -> SystemT:
     """Open a model file that must hold a certain system. Raises `ModelFileError` naming what it holds instead."""
-    system = open_system(path).system
+    system = open_system(path, allow_pickle=allow_pickle).system
     if not isinstance(system, kind):
         raise ModelFileError(f"{path} holds a {system.kind} model, where a {kind.kind} model is needed")
     return system
 
 
-def open_system(path: str | Path) -> Opened:
-    """Open a model file, or a folder in diffusers' layout.
+def open_system(
+    path: str | Path,
+    *,
+    allow_pickle: bool = False,
+    prediction: Prediction = "unknown",
+    averaged: bool = False,
+    vae: str | Path | None = None,
+    dtype: torch.dtype | None = torch.float32,
+) -> Opened:
+    """Open a model file of ours, a single file of Stable Diffusion, or a folder in diffusers' layout.
+
+    Args:
+        allow_pickle: convert a `.ckpt` or `.bin`, in a process that can build tensors and nothing else.
+        prediction: "eps" or "v", of a foreign model, where nothing says it or what says it is wrong.
+        averaged: read the running average of the weights (EMA) of a single file that keeps it apart.
+        vae: a first stage to use instead of the model's own.
+        dtype: of the weights of latent models; None leaves them as stored.
 
     Raises:
         ModelFileError: missing, empty, damaged, foreign, or weights that do not fit the stored config.
+        UserError: for an option that means nothing for this model.
     """
     path = Path(path)
     if path.is_dir():
-        return _open_folder(path)
-    check_is_file(path)
+        opened = _open_folder(path, allow_pickle, prediction, averaged, dtype)
+    else:
+        check_is_file(path)
+        own = _own_config(path)
+        if own is None:
+            opened = _open_foreign(path, allow_pickle, prediction, averaged, dtype)
+        elif prediction != "unknown" or averaged:
+            raise UserError(f"{path} says itself what it predicts and holds one set of weights; leave the options out")
+        else:
+            opened = _open_own(path, dtype)
+    how: dict[str, Any] = {"prediction": prediction} if prediction != "unknown" else {}
+    opened = replace(opened, opening=how | ({"averaged": True} if averaged else {}))
+    if vae is None:
+        return opened
+    stage = open_system(vae, allow_pickle=allow_pickle)
+    if not isinstance(stage.system, CodecSystem | Latent) or not isinstance(opened.system, Latent):
+        raise UserError(f"only a latent model takes another first stage, and {vae} must hold one")
+    found = stage.system
+    first = found if isinstance(found, CodecSystem) else CodecSystem(found.config.codec, found.codec)
+    told = {"vae": {"path": str(Path(vae).resolve()), "sha256": stage.sha256}}
+    return replace(opened, system=with_codec(opened.system, first, str(vae)), opening=opened.opening | told)
+
+
+def _own_config(path: Path) -> dict[str, Any] | None:
+    """The config that a file of ours carries; None for any other file, sound or not."""
+    try:
+        return stored_config(path, read_header(path))
+    except ModelFileError:
+        return None
+    except OSError:
+        return None
+
+
+def _open_own(path: Path, dtype: torch.dtype | None) -> Opened:
     file = read_model(path)
-    if file.config is None:
-        raise ModelFileError(f"{path} carries no Sfumato config, so what it is cannot be told")
+    assert file.config is not None
     name = file.config.get("system")
     if name not in SYSTEMS:
         raise_unknown(f"system in {path}", str(name), SYSTEMS)
     config_type, system_type = SYSTEMS[name]
     config = parse(config_type, file.config, str(path))
-    return Opened(system_type.load(config, file.tensors, what=str(path)), path, file.sha256)
+    options = {"dtype": dtype} if system_type is Latent else {}
+    return Opened(system_type.load(config, file.tensors, what=str(path), **options), path, file.sha256)
 
 
-def _open_folder(folder: Path) -> Opened:
+def _open_foreign(
+    path: Path, allow_pickle: bool, prediction: Prediction, averaged: bool, dtype: torch.dtype | None
+) -> Opened:
+    found = open_single_file(
+        path, prediction=prediction, averaged=averaged, allow_pickle=allow_pickle, dtype=dtype
+    )
+    return Opened(found.system, path, hashes.sha256(path), found.notes, found.file)
+
+
+def _open_folder(
+    folder: Path, allow_pickle: bool, prediction: Prediction, averaged: bool, dtype: torch.dtype | None
+) -> Opened:
     if not diffusers.is_pipeline(folder) and diffusers.class_of(folder) is None:
         contents = "is empty" if not any(folder.iterdir()) else "holds no run, checkpoint or diffusers pipeline"
         raise ModelFileError(f"{folder} {contents}; a model is a .safetensors file, a run or a pipeline folder")
-    system, sha256 = open_folder(folder)
-    return Opened(system, folder, sha256)
+    if averaged:
+        raise UserError(f"{folder} is a folder, which keeps no running average of the weights apart; leave it out")
+    found = open_folder(folder, allow_pickle=allow_pickle, prediction=prediction, dtype=dtype)
+    hashes.remember(folder, found.sha256)
+    return Opened(found.system, folder, found.sha256, found.notes)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from sfumato.errors import UserError
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -18,11 +20,34 @@ class Asked:
         prompt: what to draw.
         negative: what not to draw: guidance leads away from it instead of from nothing.
         label: a class, by name or id.
+        dialect: how brackets and weights in the words are read; None for the model's own way.
+        clip_skip: how many of the text encoder's last layers are left out; None for the model's own number.
+        towards: a second prompt; what is drawn lies on the way from the first to it …
+        share: … so far along, 0 to 1.
+        variation: a second seed, towards whose noise the picture's own is turned …
+        strength: … so far, 0 to 1 (of the angle between both).
     """
 
     prompt: str | None = None
     negative: str | None = None
     label: str | int | None = None
+    dialect: str | None = None
+    clip_skip: int | None = None
+    towards: str | None = None
+    share: float | None = None
+    variation: int | None = None
+    strength: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, share in (("share", self.share), ("strength", self.strength)):
+            if share is not None and not 0 <= share <= 1:
+                raise UserError(f"the {name} of a mixture must lie in [0, 1], got {share}")
+        if (self.towards is None) != (self.share is None):
+            raise UserError("a second prompt and how far to go towards it belong together")
+        if (self.variation is None) != (self.strength is None):
+            raise UserError("a second seed and the strength of the variation belong together")
+        if self.towards is not None and self.prompt is None:
+            raise UserError("a second prompt needs a first one to begin with")
 
     @property
     def says_anything(self) -> bool:

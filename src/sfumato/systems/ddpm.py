@@ -20,6 +20,7 @@ from pydantic import Field, TypeAdapter, ValidationError, field_validator
 from torch import Tensor, nn
 
 from sfumato.checkpoints.io import check_fit, component, load_strictly
+from sfumato.codecs import Codec, Moments, PixelCodec
 from sfumato.condition import Condition
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.objective import Objective
@@ -138,9 +139,18 @@ class DDPM:
         """The id of the null class."""
         return len(self.config.labels)
 
-    def pictures(self, x: Tensor) -> Tensor:
+    @property
+    def codec(self) -> Codec:
+        """Pictures are their own latents."""
+        return PixelCodec(self.config.channels)
+
+    def pictures(self, x: Tensor, *, tiled: bool = False) -> Tensor:
         """What was drawn is the pictures themselves."""
         return x
+
+    def needs_tiles(self, width: int, height: int) -> bool:
+        """There is nothing to decode."""
+        return False
 
     def shape_of(self, width: int, height: int) -> tuple[int, int, int]:
         """Its own shape, whatever is asked: this network draws one size."""
@@ -151,8 +161,21 @@ class DDPM:
         """What a user may say to it: "label", or nothing."""
         return frozenset({"label"} if self.config.labels else ())
 
-    def conditions(self, asked: Sequence[Asked]) -> tuple[Condition, Condition]:
-        """What the pictures are to be, and the null. Raises `UserError` for labels that it does not know."""
+    def encode(self, pictures: Tensor, *, tiled: bool = False) -> Moments:
+        """Pictures are their own latents."""
+        return Moments(pictures, None)
+
+    def check_words(self, asked: Sequence[Asked]) -> None:
+        """Refuse labels that it does not know."""
+        self.conditions(asked)
+
+    def conditions(
+        self, asked: Sequence[Asked], shown: Mapping[str, Sequence[Any]] | None = None
+    ) -> tuple[Condition, Condition]:
+        """What the pictures are to be, and the null. Raises `UserError` for labels that it does not know, and for
+        anything shown."""
+        if shown:
+            raise UserError("this model is shown nothing beside its picture")
         return self.condition([one.label for one in asked]), self.condition([None] * len(asked))
 
     def condition(self, labels: Sequence[str | int | None]) -> Condition:

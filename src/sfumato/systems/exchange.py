@@ -1,9 +1,10 @@
 """Models as folders in diffusers' layout, both ways.
 
-The networks and the scheduler go into files that diffusers reads; what these cannot say (the words and classes that a
-model knows, how it was trained, its title) goes into `sfumato.json` beside them, and the weights of a text encoder that
-was trained with the model into `conditioner.safetensors`. A folder without `sfumato.json` is read as far as diffusers'
-own files tell; where there is one, the scheduler still has the last word, for it may have been exchanged.
+The networks and the scheduler go into files that diffusers reads, and so does a CLIP text tower with its tokenizer.
+What these cannot say (the words and classes that a model knows, how it was trained, its title) goes into `sfumato.json`
+beside them, and the weights of another text encoder that was trained with the model into `conditioner.safetensors`. A
+folder without `sfumato.json` is read as far as diffusers' own files tell; where there is one, the scheduler still has
+the last word, for it may have been exchanged.
 
 | system | folder |
 |---|---|
@@ -11,68 +12,102 @@ own files tell; where there is one, the scheduler still has the last word, for i
 | DDPM, and latent diffusion without a codec or anything attended to | `DDPMPipeline` or `DDIMPipeline` |
 | latent diffusion whose network attends to nothing | `LDMPipeline` |
 | latent diffusion with a context | `StableDiffusionPipeline` |
+| the same, shown masked pictures, depths, or small pictures | `StableDiffusion…` `Inpaint`, `Depth2Img`, `Upscale` |
 
-The last has no text encoder there: give it `text_encoder=None, tokenizer=None` when opening and `prompt_embeds` when
-drawing.
+The last two have no text encoder there unless it is a CLIP text tower: give them `text_encoder=None, tokenizer=None`
+when opening and `prompt_embeds` when drawing.
 
 >>> import tempfile
 >>> config = CodecConfig(kind="vq", size=8, network={"block_out_channels": [8], "norm_num_groups": 4})
 >>> system = CodecSystem.create(config)
 >>> folder = tempfile.mkdtemp()
->>> save_folder(system, folder), open_folder(folder)[0].config == config
+>>> save_folder(system, folder), open_folder(folder).system.config == config
 ([], True)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sfumato.checkpoints import hashes
 from sfumato.checkpoints.formats import diffusers
 from sfumato.checkpoints.formats.diffusers import CLASS, Component
+from sfumato.checkpoints.formats.families import Prediction
 from sfumato.checkpoints.io import read_model
+from sfumato.conditioners.clip_prompt import ClipPrompt
 from sfumato.diffusion.schedule import TableSchedule
 from sfumato.errors import ModelFileError, UserError
 from sfumato.networks.autoencoder import AutoencoderConfig, AutoencoderKL, VQConfig, VQModel
 from sfumato.networks.unet_2d import UNet2DConfig, UNet2DModel
-from sfumato.networks.unet_condition import UNet2DConditionConfig, UNet2DConditionModel
+from sfumato.networks.unet_condition import UNet2DConditionModel
+from sfumato.systems import exchange_stable as stable
 from sfumato.systems.codec import CodecConfig, CodecSystem
 from sfumato.systems.config import PredictionConfig, SamplingConfig, ScheduleConfig, parse
 from sfumato.systems.ddpm import DDPM, DDPMConfig, config_from_diffusers
-from sfumato.systems.latent import Latent, LatentConfig
+from sfumato.systems.exchange_stable import SCHEDULER, UNET, VAE, Stored, fill, network_config, plain
+from sfumato.systems.exchange_text import (
+    CLASSES,
+    DECISIVE,
+    PAD_TOKENS,
+    TEXT_ENCODER,
+    TOKENIZER,
+    Text,
+    read_text,
+    tower_config,
+    write_text,
+)
+from sfumato.systems.latent import TEXT, Latent, LatentConfig
 from sfumato.systems.scheduler_config import Scheduler, from_diffusers, to_diffusers
 
 Exchanged = DDPM | Latent | CodecSystem
 """Systems that have a counterpart in diffusers."""
 
+Read = Callable[[Path], Component]
+
 OWN = "sfumato.json"
 CONDITIONER = "conditioner.safetensors"
 FIRST_STAGES = ("AutoencoderKL", "VQModel")
-_PIXELS, _LATENTS, _CONTEXT = ("DDPMPipeline", "DDIMPipeline"), "LDMPipeline", "StableDiffusionPipeline"
+_PIXELS, _LATENTS = ("DDPMPipeline", "DDIMPipeline"), "LDMPipeline"
 _FAITHFUL = ("DDPMScheduler", "DDIMScheduler")  # the pipelines of pixels run these as they are meant
-_EMPTY = ("text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder")
-_SCHEDULER = Path("scheduler") / "scheduler_config.json"
 _DERIVED = ("in_channels", "out_channels", "sample_size", "num_class_embeds")
 _NETWORKS = (AutoencoderKL, VQModel, UNet2DModel, UNet2DConditionModel)
+_TEXT = f"{TEXT}."
 
 ConfigT = TypeVar("ConfigT", DDPMConfig, LatentConfig)
-NetworkT = TypeVar("NetworkT", bound=AutoencoderConfig | VQConfig | UNet2DConfig | UNet2DConditionConfig)
+
+
+@dataclass(frozen=True)
+class OpenedFolder:
+    """A model from a folder.
+
+    Attributes:
+        system: the model.
+        sha256: of its weights (for a codec, of its config too), hexadecimal.
+        notes: what a user should know of how it was opened, each in one sentence.
+    """
+
+    system: Exchanged
+    sha256: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
 class _Layout:
-    """What a folder holds: its pipeline's name (None for a component alone) and networks by the names of ours."""
+    """What a folder holds: its pipeline's name (None for a component alone), networks by the names of ours, and a CLIP
+    text tower."""
 
     pipeline: str | None
     folders: dict[str, str]
     scheduler: dict[str, Any] | None = None
     remarks: list[str] = field(default_factory=list)
+    text: ClipPrompt | None = None
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -99,13 +134,25 @@ def save_folder(system: Exchanged, folder: str | Path) -> list[str]:
             config = network.config.to_dict()
             diffusers.write_component(place / where, type(network).__name__, config, network.state_dict())
         if layout.scheduler is not None:
-            diffusers.write_json(place / _SCHEDULER, layout.scheduler)
+            diffusers.write_json(place / SCHEDULER, layout.scheduler)
+            if layout.pipeline == stable.UPSCALE:
+                diffusers.write_json(place / stable.LOW_RES_SCHEDULER, stable.low_res_scheduler(layout.scheduler))
         if layout.pipeline is not None:
             diffusers.write_json(place / diffusers.INDEX, _index(layout, networks))
-        if (conditioner := networks.get("conditioner")) is not None:
-            diffusers.write_tensors(place / CONDITIONER, conditioner.state_dict())
+        _write_conditioner(place, layout.text, networks.get("conditioner"))
         diffusers.write_json(place / OWN, own)
     return layout.remarks
+
+
+def _write_conditioner(place: Path, text: ClipPrompt | None, network: nn.Module | None) -> None:
+    """A CLIP text tower goes where diffusers looks for it, other weights into a file of ours."""
+    weights = network.state_dict() if network is not None else {}
+    if text is not None:
+        tower = {name.removeprefix(_TEXT): tensor for name, tensor in weights.items() if name.startswith(_TEXT)}
+        write_text(place, text, tower)
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(_TEXT)}
+    if weights:
+        diffusers.write_tensors(place / CONDITIONER, weights)
 
 
 def _networks(system: Exchanged) -> dict[str, nn.Module]:
@@ -120,14 +167,15 @@ def _layout(system: Exchanged) -> _Layout:
         if system.config.kind == "pixels":
             raise UserError("a codec of pixels has no network, so there is nothing to write")
         return _Layout(None, {"codec": ""})
-    config, parts = system.config, {"network": "unet"}
+    if not isinstance(system, DDPM | Latent):
+        raise UserError(f"a {system.kind} model has no counterpart in diffusers")
+    config, parts = system.config, {"network": UNET}
     if config.prediction.self_condition:
         raise UserError("a self-conditioned network has no counterpart in diffusers")
-    if isinstance(system.denoiser.network, UNet2DConditionModel):
-        fields, remarks = _scheduler(config)
-        fields, changed = _for_stable_diffusion(fields)
-        parts |= {"codec": "vae"} if "codec" in system.networks() else {}
-        return _Layout(_CONTEXT, parts, fields, remarks + changed)
+    if isinstance(system, Latent) and isinstance(system.denoiser.network, UNet2DConditionModel):
+        return _layout_of_context(system)
+    if isinstance(system, Latent) and system.shown:
+        raise UserError("a network that is shown something and attends to nothing has no counterpart in diffusers")
     if "codec" in system.networks():
         fields, remarks = _scheduler(config)
         return _Layout(_LATENTS, parts | {"codec": "vqvae"}, fields, remarks)
@@ -135,14 +183,35 @@ def _layout(system: Exchanged) -> _Layout:
     return _Layout(_PIXELS[fields[CLASS] == "DDIMScheduler"], parts, fields, remarks)
 
 
+def _layout_of_context(model: Latent) -> _Layout:
+    """Where the parts of a model go whose network attends to something."""
+    pipeline = stable.pipeline_for([part.kind for part in model.shown.values()])
+    fields, remarks = _scheduler(model.config)
+    fields, changed = stable.changed_by(pipeline, fields)
+    parts = {"network": UNET} | ({"codec": VAE} if "codec" in model.networks() else {})
+    text = _clip_of(model)
+    return _Layout(pipeline, parts, fields, remarks + changed + stable.remarks_of(model, pipeline, text), text)
+
+
+def _clip_of(model: Latent) -> ClipPrompt | None:
+    """The CLIP text tower that reads a model's prompts, None where something else does."""
+    part = model.conditioner.parts.get(TEXT) if model.conditioner is not None else None
+    return part if isinstance(part, ClipPrompt) else None
+
+
 def _index(layout: _Layout, networks: Mapping[str, nn.Module]) -> dict[str, Any]:
     """The content of `model_index.json`."""
     assert layout.scheduler is not None
     index: dict[str, Any] = {CLASS: layout.pipeline, "scheduler": ["diffusers", layout.scheduler[CLASS]]}
     index |= {where: ["diffusers", type(networks[name]).__name__] for name, where in layout.folders.items()}
-    if layout.pipeline != _CONTEXT:
+    if layout.pipeline not in stable.PIPELINES:
         return index
-    return {"vae": [None, None]} | index | dict.fromkeys(_EMPTY, [None, None]) | {"requires_safety_checker": False}
+    if layout.text is not None:
+        index |= {TEXT_ENCODER: ["transformers", CLASSES[0]], TOKENIZER: ["transformers", "CLIPTokenizer"]}
+    if layout.pipeline == stable.UPSCALE:
+        index |= {stable.LOW_RES_SCHEDULER.parent.name: ["diffusers", "DDPMScheduler"]}
+    nothing = dict.fromkeys(stable.empty_of(layout.pipeline, told=layout.text is not None), [None, None])
+    return {VAE: [None, None]} | index | nothing | stable.settings_of(layout.pipeline)
 
 
 def _scheduler(
@@ -193,19 +262,6 @@ def _known_table(schedule: ScheduleConfig) -> ScheduleConfig:
     return ScheduleConfig(name="betas", steps=len(betas), betas=betas)
 
 
-def _for_stable_diffusion(fields: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """That pipeline sets steps_offset to 1 and clip_sample to False in every scheduler that it opens."""
-    leading = fields.get("timestep_spacing") == "leading"
-    if "steps_offset" in fields and not leading:
-        fields = fields | {"steps_offset": 1}  # which nothing but leading steps reads
-    changed = ["steps_offset"] if leading and fields["steps_offset"] != 1 else []
-    changed += ["clip_sample"] if fields.get("clip_sample") else []
-    return fields, [
-        f"{_CONTEXT} of diffusers changes the scheduler's {name} when it opens the folder, so load its parts one by one"
-        for name in changed
-    ]
-
-
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -214,58 +270,135 @@ def holds_first_stage(folder: str | Path) -> bool:
     return not diffusers.is_pipeline(folder) and diffusers.class_of(folder) in FIRST_STAGES
 
 
-def open_folder(folder: str | Path) -> tuple[Exchanged, str]:
+def open_folder(
+    folder: str | Path,
+    *,
+    allow_pickle: bool = False,
+    prediction: Prediction = "unknown",
+    dtype: torch.dtype | None = torch.float32,
+) -> OpenedFolder:
     """Open a folder in diffusers' layout.
 
-    Returns:
-        The system and the SHA-256 of its weights (for a codec, of its config too), hexadecimal.
+    Args:
+        allow_pickle: convert weights that are there as a pickle only, in a process that can build tensors alone.
+        prediction: "eps" or "v" overrules what the folder says of its network.
+        dtype: of the weights; None leaves each in the type that it is stored in.
 
     Raises:
         ModelFileError: for a folder of something else, damaged files, and parts that do not fit one another.
         UserError: for a setting that has no counterpart here.
     """
     folder = Path(folder)
+    read: Read = partial(diffusers.read_component, allow_pickle=allow_pickle, dtype=dtype)
     if not diffusers.is_pipeline(folder):
-        return _open_codec(folder)
+        if prediction != "unknown":
+            raise UserError(f"{folder} holds no diffusion model, so there is nothing that it predicts")
+        return _open_codec(folder, read, dtype)
     pipeline = str(diffusers.read_json(folder / diffusers.INDEX).get(CLASS))
-    own = diffusers.read_json(folder / OWN) if (folder / OWN).is_file() else None
-    readers = dict.fromkeys(_PIXELS, _read_pixels) | {_LATENTS: _read_latents}
-    if own is None and pipeline not in readers:
-        known = ", ".join([*readers][:-1]) + f" and {_LATENTS}"
-        raise ModelFileError(f"{folder} holds a {pipeline}; without {OWN} only {known} can be opened")
-    parts = {name: diffusers.read_component(folder / where) for name, where in _parts(folder)}
-    if "network" not in parts:
-        raise ModelFileError(f"{folder} lacks the folder unet")
-    scheduler = diffusers.read_json(folder / _SCHEDULER)
-    config = readers[pipeline](parts, scheduler) if own is None else _read_own(own, scheduler, folder)
-    tensors = {f"{name}.{key}": t for name, part in parts.items() for key, t in part.tensors.items()}
-    digests = [part.sha256 for part in parts.values()]
+    if (folder / OWN).is_file():
+        return _open_own(folder, read, prediction, dtype, allow_pickle=allow_pickle)
+    if pipeline in stable.PIPELINES:
+        found = stable.open_pipeline(folder, allow_pickle=allow_pickle, prediction=prediction, dtype=dtype)
+        return OpenedFolder(*found)
+    return _open_unconditional(folder, pipeline, read, prediction, dtype)
+
+
+def _open_unconditional(
+    folder: Path, pipeline: str, read: Read, prediction: Prediction, dtype: torch.dtype | None
+) -> OpenedFolder:
+    """A folder of a pipeline that is told no text, by diffusers' own files."""
+    readers: dict[str, Callable[..., DDPMConfig | LatentConfig]] = {
+        **dict.fromkeys(_PIXELS, _read_pixels),
+        _LATENTS: _read_latents,
+    }
+    if pipeline not in readers:
+        known = ", ".join([*readers, *stable.PIPELINES[:-1]]) + f" and {stable.PIPELINES[-1]}"
+        raise ModelFileError(f"{folder} holds a {pipeline:.60}; without {OWN} only {known} can be opened")
+    parts = _parts(folder, read)
+    config = _predicting(readers[pipeline](parts, diffusers.read_json(folder / SCHEDULER)), prediction)
+    stored = {name: plain(part) for name, part in parts.items()}
+    return _filled(_outline(config), parts, stored, [], folder, dtype)
+
+
+def _open_own(
+    folder: Path, read: Read, prediction: Prediction, dtype: torch.dtype | None, *, allow_pickle: bool
+) -> OpenedFolder:
+    """A folder of ours: `sfumato.json` says what it is, and the rest must agree."""
+    own = diffusers.read_json(folder / OWN)
+    parts = _parts(folder, read)
+    config = _predicting(_read_own(own, diffusers.read_json(folder / SCHEDULER), folder), prediction)
+    model = _outline(config)
+    for name, part in parts.items():
+        _agree(model.networks().get(name), part, folder)
+    stored = {name: plain(part) for name, part in parts.items()}
+    digests, notes, told = [], [], Stored({}, dict)
+    if isinstance(config, LatentConfig) and config.conditions.get(TEXT, {}).get("kind") == ClipPrompt.kind:
+        text = read_text(folder, allow_pickle=allow_pickle, dtype=dtype)
+        _agree_on_text(config.conditions[TEXT], text, folder)
+        told = stable.told(text)
+        digests, notes = [text.part.sha256], [*text.notes]
     if (folder / CONDITIONER).is_file():
         trained = read_model(folder / CONDITIONER)
-        tensors |= {f"conditioner.{key}": t for key, t in trained.tensors.items()}
+        told = _both(told, trained.tensors)
         digests.append(trained.sha256)
-    if own is not None:
-        _check_agreement(config, parts, folder)
-    system = DDPM.load if isinstance(config, DDPMConfig) else Latent.load
-    return system(config, tensors, what=str(folder)), hashes.together(*digests)  # type: ignore[arg-type]
+    if told.seen and "conditioner" not in model.networks():
+        raise ModelFileError(f"{folder} holds {CONDITIONER}, where its {OWN} expects no such part")
+    opened = _filled(model, parts, stored | {"conditioner": told}, digests, folder, dtype)
+    return replace(opened, notes=(*opened.notes, *notes))
 
 
-def _parts(folder: Path) -> Iterator[tuple[str, str]]:
-    """Names of ours and sub-folders of the networks that a pipeline's folder holds."""
-    for name, places in (("network", ("unet",)), ("codec", ("vae", "vqvae"))):
-        yield from ((name, place) for place in places if (folder / place).is_dir())
+def _outline(config: DDPMConfig | LatentConfig) -> DDPM | Latent:
+    """The model of a config, on "meta"."""
+    return DDPM.create(config, "meta") if isinstance(config, DDPMConfig) else Latent.create(config, "meta")
 
 
-def _open_codec(folder: Path) -> tuple[CodecSystem, str]:
+def _both(first: Stored, tensors: Mapping[str, Tensor]) -> Stored:
+    return Stored({**first.seen, **tensors}, lambda: {**first.read(), **tensors})
+
+
+def _filled(
+    model: DDPM | Latent,
+    parts: Mapping[str, Component],
+    stored: Mapping[str, Stored],
+    digests: list[str],
+    folder: Path,
+    dtype: torch.dtype | None,
+) -> OpenedFolder:
+    """An outlined model with its weights."""
+    fill(model.networks(), stored, what=str(folder), dtype=dtype)
+    sha256 = hashes.together(*(part.sha256 for part in parts.values()), *digests)
+    return OpenedFolder(model, sha256, tuple(note for part in parts.values() for note in part.notes))
+
+
+def _predicting(config: DDPMConfig | LatentConfig, prediction: Prediction) -> DDPMConfig | LatentConfig:
+    """The same config of a network that predicts this, where that is known."""
+    if prediction == "unknown":
+        return config
+    said = config.prediction.model_copy(update={"parameterization": prediction})
+    return config.model_copy(update={"prediction": said})
+
+
+def _parts(folder: Path, read: Read) -> dict[str, Component]:
+    """The networks that a pipeline's folder holds, by the names of ours."""
+    places = {"network": (UNET,), "codec": (VAE, "vqvae")}
+    found = {name: read(folder / one) for name, many in places.items() for one in many if (folder / one).is_dir()}
+    if "network" not in found:
+        raise ModelFileError(f"{folder} lacks the folder {UNET}")
+    return found
+
+
+def _open_codec(folder: Path, read: Read, dtype: torch.dtype | None) -> OpenedFolder:
     if (name := diffusers.class_of(folder)) not in FIRST_STAGES:
         raise ModelFileError(f"{folder} holds a {name}; of single networks {' and '.join(FIRST_STAGES)} can be opened")
-    part = diffusers.read_component(folder)
+    part = read(folder)
     config = _codec_config(part)
     if (folder / OWN).is_file():
         config = parse(CodecConfig, diffusers.read_json(folder / OWN), str(folder / OWN))
-        _agree(CodecSystem.create(config, "meta").codec.network, part, folder)
-    tensors = {f"codec.{name}": tensor for name, tensor in part.tensors.items()}
-    return CodecSystem.load(config, tensors, what=str(folder)), diffusers.component_sha256(folder)
+    stage = CodecSystem.create(config, "meta")
+    _agree(stage.codec.network, part, folder)
+    assert stage.codec.network is not None
+    fill({"codec": stage.codec.network}, {"codec": plain(part)}, what=str(folder), dtype=dtype)
+    return OpenedFolder(stage, diffusers.component_sha256(folder), part.notes)
 
 
 def _codec_config(part: Component) -> CodecConfig:
@@ -273,20 +406,12 @@ def _codec_config(part: Component) -> CodecConfig:
     kind = {"AutoencoderKL": "kl", "VQModel": "vq"}.get(str(part.config.get(CLASS)))
     if kind is None:
         raise ModelFileError(f"a first stage of class {part.config.get(CLASS)!r} cannot be opened")
-    own = _config_of(AutoencoderConfig if kind == "kl" else VQConfig, part)
+    own = network_config(AutoencoderConfig if kind == "kl" else VQConfig, part)
     if own.in_channels != own.out_channels or not isinstance(own.sample_size, int):
         raise UserError("only first stages of square pictures, with as many channels in as out, can be opened")
     network = {key: value for key, value in own.to_dict().items() if key not in _DERIVED}
     values = {"kind": kind, "size": own.sample_size, "channels": own.in_channels, "network": network}
     return parse(CodecConfig, values, "the first stage's config")
-
-
-def _config_of(kind: type[NetworkT], part: Component) -> NetworkT:
-    """A network's config. Raises `UserError` for unknown keys and impossible values."""
-    try:
-        return kind.from_dict(part.config)  # type: ignore[return-value]
-    except (TypeError, AttributeError, ZeroDivisionError) as error:
-        raise UserError(f"a value of a network's config is of the wrong type or zero ({error})") from None
 
 
 def _read_pixels(parts: Mapping[str, Component], scheduler: Mapping[str, Any]) -> DDPMConfig:
@@ -297,7 +422,7 @@ def _read_latents(parts: Mapping[str, Component], scheduler: Mapping[str, Any]) 
     """What an `LDMPipeline` means: unconditional latent diffusion."""
     if "codec" not in parts:
         raise ModelFileError(f"an {_LATENTS} needs a folder vqvae")
-    codec, unet = _codec_config(parts["codec"]), _config_of(UNet2DConfig, parts["network"])
+    codec, unet = _codec_config(parts["codec"]), network_config(UNet2DConfig, parts["network"])
     if unet.num_class_embeds is not None or not isinstance(unet.sample_size, int):
         raise UserError(f"only an {_LATENTS} without classes, of square pictures, can be opened without {OWN}")
     meaning = from_diffusers(scheduler)
@@ -338,25 +463,29 @@ def _as_told(config: ConfigT, scheduler: Mapping[str, Any]) -> ConfigT:
     return config.model_copy(update=changed)
 
 
-def _check_agreement(config: DDPMConfig | LatentConfig, parts: Mapping[str, Component], folder: Path) -> None:
-    """Refuse networks whose own configs are not those that `sfumato.json` leads to."""
-    if isinstance(config, DDPMConfig):
-        expected = DDPM.create(config, "meta").networks()
-    else:
-        expected = Latent.create(config, "meta").networks()
-    for name, part in parts.items():
-        _agree(expected.get(name), part, folder)
-
-
 def _agree(network: Any, part: Component, folder: Path) -> None:
     name = part.config.get(CLASS)
     if not isinstance(network, _NETWORKS) or type(network).__name__ != name:
         expected = type(network).__name__ if network is not None else "no such part"
         raise ModelFileError(f"{folder} holds a {name}, where its {OWN} expects {expected}")
-    found, wanted = _config_of(type(network.config), part).to_dict(), network.config.to_dict()
+    found, wanted = network_config(type(network.config), part).to_dict(), network.config.to_dict()
     differ = [key for key in wanted if found[key] != wanted[key]]
     if differ:
         raise ModelFileError(
             f"{folder}: {', '.join(differ)} of the {name} is not what {OWN} says; "
+            f"without {OWN} the folder is read as diffusers' own"
+        )
+
+
+def _agree_on_text(values: Mapping[str, Any], text: Text, folder: Path) -> None:
+    """Refuse a text tower whose own files are not what `sfumato.json` leads to."""
+    tower = values.get("tower")
+    wanted = tower_config(tower if isinstance(tower, Mapping) else {}, folder / OWN)
+    differ = [key for key in DECISIVE if getattr(text.config, key) != getattr(wanted, key)]
+    if values.get("pad") in PAD_TOKENS.values() and text.pad != values["pad"]:
+        differ.append("pad_token")
+    if differ:
+        raise ModelFileError(
+            f"{folder}: {', '.join(differ)} of the text encoder is not what {OWN} says; "
             f"without {OWN} the folder is read as diffusers' own"
         )

@@ -17,12 +17,15 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from sfumato.checkpoints import hashes
-from sfumato.checkpoints.io import check_fit, component, load_strictly
-from sfumato.codecs import Codec
+from sfumato.checkpoints.io import component, take_over
+from sfumato.codecs import Codec, Moments
+from sfumato.codecs.tiles import decode_tiled, encode_tiled, free_bytes, needs_tiles
 from sfumato.condition import Condition
 from sfumato.conditioners.base import Combined, Conditioner
+from sfumato.conditioners.clip_prompt import ClipPrompt, Prompt
 from sfumato.conditioners.label import LabelConditioner
 from sfumato.conditioners.registry import from_config
+from sfumato.conditioners.shown import LowResolution, Shown
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.errors import UserError
 from sfumato.networks.unet_2d import UNet2DConfig, UNet2DModel
@@ -39,6 +42,7 @@ from sfumato.systems.config import (
 )
 
 _DERIVED = ("sample_size", "in_channels", "out_channels", "num_class_embeds", "cross_attention_dim")
+ALONE = 2**16  # pixels from which pictures are decoded one by one
 TEXT, LABEL = "text", "label"  # the conditions that a prompt and a label are for
 
 
@@ -85,11 +89,11 @@ class LatentConfig(Strict):
         values = {
             **self.network,
             "sample_size": self.size // codec.factor,
-            "in_channels": codec.channels * (2 if prediction.self_condition else 1),
+            "in_channels": codec.channels * (2 if prediction.self_condition else 1) + beside(conditioner),
             "out_channels": codec.channels * (2 if prediction.learned_variance else 1),
         }
         if "labels" in slots:
-            values["num_class_embeds"] = len(self.labels) + 1
+            values["num_class_embeds"] = classes(conditioner) or len(self.labels) + 1
         if conditioner is None or "context" not in slots:
             return UNet2DConfig.from_dict(values)
         return UNet2DConditionConfig.from_dict({**values, "cross_attention_dim": context_width(conditioner)})
@@ -129,18 +133,25 @@ class Latent:
         return cls(config, denoiser, codec, conditioner)
 
     @classmethod
-    def load(cls, config: LatentConfig, tensors: Mapping[str, Tensor], *, what: str) -> Latent:
-        """A model with stored weights (names `network.…`, `codec.…`, `conditioner.…`), in float32.
+    def load(
+        cls,
+        config: LatentConfig,
+        tensors: Mapping[str, Tensor],
+        *,
+        what: str,
+        dtype: torch.dtype | None = torch.float32,
+    ) -> Latent:
+        """A model with stored weights (names `network.…`, `codec.…`, `conditioner.…`), taken over one by one.
+
+        Args:
+            dtype: of the weights; None leaves each in the type it is stored in, and mapped from the disk.
 
         Raises:
             ModelFileError: when they do not fit the config.
         """
         model = cls.create(config, "meta")
         for name, network in model.networks().items():
-            own = component(tensors, name)
-            check_fit(network, own, what=what)
-            network.to_empty(device="cpu")
-            load_strictly(network, own, what=what)
+            take_over(network, component(tensors, name), what=what, dtype=dtype)
             network.eval()
         return model
 
@@ -173,31 +184,93 @@ class Latent:
         return network.config
 
     @torch.no_grad()
-    def pictures(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) to pictures in about [-1, 1], float32."""
+    def encode(self, pictures: Tensor, *, tiled: bool = False) -> Moments:
+        """Pictures (B, 3, H, W) in [-1, 1], sides multiples of the codec's factor, to latents, float32."""
+        x = pictures.to(self._codec_dtype(pictures))
+        found = encode_tiled(self.codec, x) if tiled else self.codec.encode(x)
+        return Moments(found.mean.float(), None if found.std is None else found.std.float())
+
+    @torch.no_grad()
+    def pictures(self, latents: Tensor, *, tiled: bool = False) -> Tensor:
+        """Latents (B, C, h, w) to pictures in about [-1, 1], float32; large ones one by one.
+
+        Args:
+            tiled: decode in overlapping tiles, in bounded memory.
+        """
+        x = latents.to(self._codec_dtype(latents))
+        if tiled:
+            return decode_tiled(self.codec, x).float()
+        alone = x.shape[-2:].numel() * self.codec.factor**2 >= ALONE
+        return torch.cat([self.codec.decode(part).float() for part in torch.split(x, 1 if alone else len(x))])
+
+    def needs_tiles(self, width: int, height: int) -> bool:
+        """Whether the memory that is free now is too short to decode a picture of this size whole."""
+        free = free_bytes()
+        _, h, w = self.shape_of(width, height)
+        return self.codec.network is not None and free is not None and needs_tiles(self.codec, h, w, free)
+
+    def _codec_dtype(self, like: Tensor) -> torch.dtype:
         network = self.codec.network
-        x = latents if network is None else latents.to(next(network.parameters()).dtype)
-        return self.codec.decode(x).float()
+        return like.dtype if network is None else next(network.parameters()).dtype
 
     @property
     def reads(self) -> frozenset[str]:
         """What a user may say to it: "text", "label"."""
         return frozenset(self.config.conditions)
 
-    def conditions(self, asked: Sequence[Asked]) -> tuple[Condition, Condition]:
+    @property
+    def shown(self) -> dict[str, Shown]:
+        """The conditions that are shown beside the latents, by name."""
+        parts = self.conditioner.parts if self.conditioner is not None else {}
+        return {name: part for name, part in parts.items() if isinstance(part, Shown)}
+
+    def conditions(
+        self, asked: Sequence[Asked], shown: Mapping[str, Sequence[Any]] | None = None
+    ) -> tuple[Condition, Condition]:
         """What the pictures are to be, and what guidance leads away from: the null, or what they are not to be.
+
+        Args:
+            asked: per picture.
+            shown: what the conditions of `self.shown` get, per picture; on both sides.
 
         Raises:
             UserError: for what the model cannot read.
         """
         if self.conditioner is None:
             return Condition(), Condition()
-        wanted, unwanted = [], []
-        for one in asked:
-            said = {TEXT: one.prompt, LABEL: one.label}
-            wanted.append({name: value for name, value in said.items() if value is not None})
-            unwanted.append({TEXT: one.negative} if one.negative is not None else {})
-        return self.conditioner.encode(wanted), self.conditioner.encode(unwanted)
+        wanted: list[dict[str, Any]] = []
+        unwanted: list[dict[str, Any]] = []
+        for i, one in enumerate(asked):
+            seen = {name: values[i] for name, values in (shown or {}).items()}
+            said = {TEXT: self._words(one, one.prompt, whole=True), LABEL: one.label}
+            wanted.append(seen | {name: value for name, value in said.items() if value is not None})
+            negative = self._words(one, one.negative)
+            unwanted.append(seen | ({TEXT: negative} if negative is not None else {}))
+        both = self.conditioner.encode([*wanted, *unwanted])
+        return both.rows(0, len(asked)), both.rows(len(asked), 2 * len(asked))
+
+    def check_words(self, asked: Sequence[Asked]) -> None:
+        """Refuse, with a `UserError`, what the model cannot read; nothing is drawn and nothing shown."""
+        said = [name for name in self.config.conditions if name not in self.shown]
+        if self.conditioner is not None and said:
+            Latent(
+                self.config, self.denoiser, self.codec, Combined({name: self.conditioner.parts[name] for name in said})
+            ).conditions(asked)
+
+    def _words(self, asked: Asked, text: str | None, *, whole: bool = False) -> str | Prompt | None:
+        """What the reader of texts is given: with how it is to be read, where that can be said to it."""
+        reader = self.conditioner.parts.get(TEXT) if self.conditioner is not None else None
+        if isinstance(reader, ClipPrompt):
+            if text is None and asked.clip_skip is None:
+                return None
+            mixed = {"towards": asked.towards, "share": asked.share} if whole and asked.towards is not None else {}
+            return Prompt(text or "", asked.dialect or "a1111", asked.clip_skip, **mixed)  # type: ignore[arg-type]
+        for what, value in (("prompt dialect", asked.dialect), ("clip skip", asked.clip_skip)):
+            if value is not None:
+                raise UserError(f"this model's text encoder knows no {what}; leave it out")
+        if asked.towards is not None:
+            raise UserError("this model's text encoder cannot mix two prompts")
+        return text
 
 
 def combined(conditions: Mapping[str, Mapping[str, Any]]) -> Combined | None:
@@ -213,6 +286,18 @@ def combined(conditions: Mapping[str, Mapping[str, Any]]) -> Combined | None:
     if LABEL in parts and not isinstance(parts[LABEL], LabelConditioner) and "labels" in parts[LABEL].slots:
         raise UserError(f"conditions.{LABEL} must be of kind 'label'")
     return Combined(parts)
+
+
+def beside(conditioner: Combined | None) -> int:
+    """How many channels are shown beside the latents."""
+    parts = conditioner.parts.values() if conditioner is not None else ()
+    return sum(part.channels for part in parts if isinstance(part, Shown))
+
+
+def classes(conditioner: Combined | None) -> int | None:
+    """The size of the table of classes where what is shown has one."""
+    parts = conditioner.parts.values() if conditioner is not None else ()
+    return next((part.levels for part in parts if isinstance(part, LowResolution)), None)
 
 
 def context_width(conditioner: Combined) -> int:

@@ -9,25 +9,32 @@ torch.Size([2, 3, 8, 8])
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from sfumato.conditioners.shown import Masked, Shown
 from sfumato.diffusion import grid as grids
 from sfumato.diffusion.guidance import DenoiseFn, classifier_free, clip_x0, dynamic_threshold, unguided
 from sfumato.diffusion.hooks import Hook, keep
 from sfumato.diffusion.level import NoiseLevel, expand
 from sfumato.diffusion.names import fold
-from sfumato.diffusion.sample import sample, start
+from sfumato.diffusion.sample import sample, started
 from sfumato.diffusion.solvers import Solver, find
 from sfumato.diffusion.solvers.dpm_adaptive import DPMAdaptive, ends
 from sfumato.errors import UserError
 from sfumato.random import NoiseSource
 from sfumato.systems import Drawing
 from sfumato.systems.asked import Asked
+from sfumato.systems.latent import Latent
+from sfumato.tasks import guard
+
+LOG = logging.getLogger("sfumato")
 
 
 def draw(
@@ -40,6 +47,7 @@ def draw(
     steps: int | None = None,
     guidance: Guidance | float | None = None,
     size: tuple[int, int] | None = None,
+    tiled: bool = False,
     on_step: Hook = keep,
 ) -> Tensor:
     """New pictures, (B, C, H, W) in about [-1, 1], on the device of the model's network, float32.
@@ -50,34 +58,108 @@ def draw(
         sampler, schedule, steps, guidance: None for the model's own defaults; a sampler's name may carry the schedule's
             ("DPM++ 2M Karras"), and a respacing spec such as "ddim25" the number of steps.
         size: (width, height) in pixels; None for the model's own.
+        tiled: decode in tiles, in bounded memory.
         on_step: hook of the sampling loop.
 
     Raises:
+        PictureError: when a stage gives values that are not finite, in float32 too.
         UserError: unknown names, words or labels that the model does not know, guidance with nothing to lead to.
     """
-    defaults, denoiser = model.config.sampling, model.denoiser
+    width, height = size or (model.config.size, model.config.size)
+    x = draw_latents(
+        model, seeds=seeds, asked=asked, sampler=sampler, schedule=schedule, steps=steps, guidance=guidance, size=size,
+        on_step=on_step,
+    )  # fmt: skip
+    return shown_picture(model, x, tiled)[..., :height, :width]
+
+
+def shown_picture(model: Drawing, latents: Tensor, tiled: bool) -> Tensor:
+    """Latents to pictures, once more in float32 where half precision overflows."""
+    return guard.decoded(lambda: model.pictures(latents, tiled=tiled), model.codec.network, LOG.warning)
+
+
+def draw_latents(
+    model: Drawing,
+    *,
+    seeds: Sequence[int],
+    asked: Sequence[Asked] | None = None,
+    sampler: str | Solver[Any] | None = None,
+    schedule: str | None = None,
+    steps: int | None = None,
+    guidance: Guidance | float | None = None,
+    size: tuple[int, int] | None = None,
+    on_step: Hook = keep,
+) -> Tensor:
+    """The latents of new pictures, (B, C, h, w), before the codec; everything as in `draw`."""
+    method, levels = planned(model, sampler, schedule, steps)
+    width, height = size or (model.config.size, model.config.size)
+    noise = NoiseSource(seeds, model.shape_of(width, height), device=device_of(model))
+    said = list(asked) if asked is not None else [Asked()] * len(seeds)
+    denoise = guided(model, said, guidance, _nothing_shown(model, len(seeds), noise.shape))
+    x = begun(model, first_noise(noise, said), levels[0])
+    return sample(denoise, method, x, levels, model.denoiser.schedule, noise=noise, on_step=on_step)
+
+
+def planned(
+    model: Drawing, sampler: str | Solver[Any] | None, schedule: str | None, steps: int | None
+) -> tuple[Solver[Any], grids.Grid]:
+    """Solver and levels, None standing for the model's own. Raises `UserError` for what does not go together."""
+    defaults = model.config.sampling
     chosen = sampler if sampler is not None else defaults.sampler
     method, spacing = choose_solver(model, chosen), choose_schedule(model, chosen, schedule)
-    levels = defaults.levels(spacing, denoiser.schedule, choose_steps(model, spacing, steps))
+    levels = defaults.levels(spacing, model.denoiser.schedule, choose_steps(model, spacing, steps))
     if levels[-1].nsr > levels[0].nsr:
         raise UserError("this model's own schedule leads from pictures to noise; name another with --schedule")
-    if isinstance(method, DPMAdaptive):
-        levels = ends(levels)  # it chooses its own steps between them
-    device = next(denoiser.network.parameters()).device
-    width, height = size or (model.config.size, model.config.size)
-    noise = NoiseSource(seeds, model.shape_of(width, height), device=device)
-    denoise = guided(model, list(asked) if asked is not None else [Asked()] * len(seeds), guidance)
-    x = _begin(model, noise, levels[0])
-    x = sample(denoise, method, x, levels, denoiser.schedule, noise=noise, on_step=on_step)
-    return model.pictures(x)[..., :height, :width]
+    return method, ends(levels) if isinstance(method, DPMAdaptive) else levels  # it chooses its own steps between them
 
 
-def _begin(model: Drawing, noise: NoiseSource, first: NoiseLevel) -> Tensor:
-    """The noise that drawing begins with."""
-    if model.config.sampling.start == "marginal":
-        return start(noise, first)
+def device_of(model: Drawing) -> torch.device:
+    """Where the model computes."""
+    return next(model.denoiser.network.parameters()).device
+
+
+def first_noise(noise: NoiseSource, asked: Sequence[Asked]) -> Tensor:
+    """(B, C, h, w), the first noise of each picture, turned towards that of its second seed where it has one."""
     z = noise.draw()
+    for i, one in enumerate(asked):
+        if one.variation is not None and one.strength is not None:
+            other = NoiseSource([one.variation], noise.shape, device=noise.device).draw()[0]
+            z[i] = slerp(z[i], other, one.strength)
+    return z
+
+
+def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """Spherical interpolation, `(sin((1 - s) w) a + sin(s w) b) / sin w` with `w` the angle between them (Shoemake
+    1985): noise between two noises keeps its spread, which a straight line would not."""
+    cosine = float((a.double() * b.double()).sum() / (a.double().norm() * b.double().norm()))
+    angle = math.acos(max(-1.0, min(1.0, cosine)))
+    if math.sin(angle) < 1e-6:
+        return torch.lerp(a, b, share)
+    return (math.sin((1 - share) * angle) * a + math.sin(share * angle) * b) / math.sin(angle)
+
+
+def begun(model: Drawing, z: Tensor, first: NoiseLevel) -> Tensor:
+    """The noise that drawing begins with, from unit noise."""
+    if model.config.sampling.start == "marginal":
+        return started(z, first)
     return expand(first.sigma, z) * z
+
+
+def _nothing_shown(model: Drawing, count: int, shape: Sequence[int]) -> dict[str, list[Any]]:
+    """What a model that inpaints is shown when all is to be redrawn; other shown conditions have no such null."""
+    shown = {}
+    for name, part in shown_of(model).items():
+        if not isinstance(part, Masked):
+            raise UserError(f"this model needs {part.needs}: `sfumato edit` takes one")
+        grey = torch.zeros(1, 3, *(side * model.codec.factor for side in shape[1:]), device=device_of(model))
+        one = torch.cat([torch.ones(1, *shape[1:], device=grey.device), model.encode(grey).mean[0]])
+        shown[name] = [one] * count
+    return shown
+
+
+def shown_of(model: Drawing) -> dict[str, Shown]:
+    """The conditions that a model is shown beside its latents."""
+    return model.shown if isinstance(model, Latent) else {}
 
 
 def choose_solver(model: Drawing, sampler: str | Solver[Any]) -> Solver[Any]:
@@ -150,20 +232,27 @@ class Guidance:
             )
 
 
-def guided(model: Drawing, asked: Sequence[Asked], guidance: Guidance | float | None) -> DenoiseFn:
-    """The model's denoiser under what is asked, guided and kept in the range of pictures."""
+def guided(
+    model: Drawing,
+    asked: Sequence[Asked],
+    guidance: Guidance | float | None,
+    shown: Mapping[str, Sequence[Any]] | None = None,
+) -> DenoiseFn:
+    """The model's denoiser under what is asked and shown, guided and kept in the range of pictures."""
     how = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
     speaking = any(one.says_anything for one in asked)
     contrast = any(one.negative is not None for one in asked)
     scale = how.scale if how.scale is not None else (model.config.sampling.guidance if speaking or contrast else 1.0)
     if scale != 1 and not (speaking or contrast):
         raise UserError("guidance needs a prompt or a label: without one there is nothing to guide towards")
-    condition, null = model.conditions(asked)
+    texts = model.networks().get("conditioner")
+    condition, null = guard.texts(lambda: model.conditions(asked, shown), texts, LOG.warning)
     denoise = unguided(model.denoiser, condition)
     if scale != 1:
         denoise = classifier_free(
             model.denoiser, condition, null, scale, rescale=how.rescale, interval=how.interval
         )
+    denoise = guard.guarded(denoise, [model.denoiser.network], LOG.warning)
     range_ = model.config.sampling
     if range_.threshold == "none":
         return denoise

@@ -1,6 +1,8 @@
-"""Folders in diffusers' layout: one sub-folder per component, each with `config.json` and safetensors weights.
+"""Folders in diffusers' layout: one sub-folder per component, each with `config.json` and its weights.
 
-A folder is written under another name beside its own and renamed when it is whole.
+The weights are safetensors, whole or in shards with an index; `….fp16.safetensors` and the like are variants of them,
+and one is read where no plain weights lie beside it. Tensors are read when they are asked for, in the wanted type. A
+folder is written under another name beside its own and renamed when it is whole.
 
 >>> import tempfile, torch
 >>> place = Path(tempfile.mkdtemp())
@@ -23,17 +25,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from sfumato.checkpoints import hashes
-from sfumato.checkpoints.io import explain_os_error, read_model
+from sfumato.checkpoints import hashes, tensors
+from sfumato.checkpoints.formats import pickles
+from sfumato.checkpoints.io import explain_os_error
+from sfumato.checkpoints.tensors import TensorFile
 from sfumato.errors import ModelFileError, UserError
 
 INDEX = "model_index.json"
 CONFIG = "config.json"
 CLASS = "_class_name"
-_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors", "model.safetensors")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+TEXT_WEIGHTS = "model.safetensors"
+"""What transformers calls the weights of a component of its own."""
 _MAX_JSON = 2**20
+
+_FILE = re.compile(
+    r"(?P<stem>diffusion_pytorch_model|model|pytorch_model)(\.(?P<variant>\w+))?\.(?P<kind>safetensors|bin|ckpt)"
+    r"(?P<index>\.index(\.(?P<later>\w+))?\.json)?"
+)
+_VARIANTS = ("", "fp16", "bf16")  # in the order of preference; others follow by name
 
 # names of the first releases for the parts of an attention over pictures
 _EARLIER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -42,11 +55,38 @@ _EARLIER_NAME = re.compile(rf"(.*attentions\.\d+)\.({'|'.join(_EARLIER)})\.(weig
 
 @dataclass(frozen=True)
 class Component:
-    """A network of a pipeline: its JSON config, its tensors and the SHA-256 of their file."""
+    """A network of a pipeline, its tensors still on the disk.
+
+    Attributes:
+        config: its JSON config.
+        tensors: under the names of today, each read when it is asked for.
+        seen: the same on "meta", of the stored shapes and types.
+        sha256: of its weights' files, hexadecimal.
+        notes: what a user should know of how it was opened, each in one sentence.
+    """
 
     config: dict[str, Any]
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
+    seen: dict[str, Tensor]
     sha256: str
+    notes: tuple[str, ...] = ()
+
+
+class _Read(Mapping[str, Tensor]):
+    """Tensors of several files under the names of today."""
+
+    def __init__(self, places: Mapping[str, tuple[TensorFile, str]], dtype: torch.dtype | None) -> None:
+        self._places, self._dtype = places, dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        file, stored = self._places[name]
+        return file.read(stored, self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def is_pipeline(folder: str | Path) -> bool:
@@ -54,15 +94,15 @@ def is_pipeline(folder: str | Path) -> bool:
     return (Path(folder) / INDEX).is_file()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A small JSON object. Raises `ModelFileError` when it is missing, too large or not an object."""
+def read_json(path: Path, most: int = _MAX_JSON) -> dict[str, Any]:
+    """A JSON object. Raises `ModelFileError` when it is missing, larger than `most` bytes, or not an object."""
     try:
-        if path.stat().st_size > _MAX_JSON:
+        if path.stat().st_size > most:
             raise ModelFileError(f"{path} is larger than a config can be")
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelFileError(f"{path} is missing") from None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise ModelFileError(f"{path} is not readable JSON") from None
     if not isinstance(values, dict):
         raise ModelFileError(f"{path} is not a JSON object")
@@ -76,32 +116,106 @@ def class_of(folder: str | Path) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def read_component(folder: Path) -> Component:
-    """A component's config and weights (safetensors only), under the names of today."""
-    file = read_model(_weights(folder))
-    return Component(read_json(folder / CONFIG), _renamed(file.tensors), file.sha256)
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def read_component(folder: Path, *, allow_pickle: bool = False, dtype: torch.dtype | None = None) -> Component:
+    """A component's config and weights.
+
+    Args:
+        allow_pickle: convert weights that are there as a pickle only, in a process that can build tensors alone.
+        dtype: that tensors are read in; None for the stored types.
+
+    Raises:
+        ModelFileError: for weights that are missing, damaged, incomplete, or a pickle that is not allowed.
+    """
+    config = read_json(folder / CONFIG)
+    chosen = _chosen(folder, allow_pickle)
+    shards = {chosen.string: None} if not chosen["index"] else _shards(folder, chosen.string)
+    places: dict[str, tuple[TensorFile, str]] = {}
+    notes = [f"{folder} has no plain weights; its variant {_variant(chosen)} is read"] if _variant(chosen) else []
+    for file, listed in shards.items():
+        opened, said = pickles.open_tensors(folder / file, allow_pickle=allow_pickle)
+        notes += said
+        if listed is not None:
+            _check_shard(opened, listed, folder / file, chosen.string)
+        for name in opened.seen:
+            if (now := _now(name)) in places:
+                raise ModelFileError(f"{folder / file} holds {now} a second time")
+            places[now] = opened, name
+    seen = {name: file.seen[stored] for name, (file, stored) in places.items()}
+    sha256 = hashes.together(*(_sha256(folder / file) for file in shards))
+    return Component(config, _Read(places, dtype), seen, sha256, tuple(notes))
 
 
 def component_sha256(folder: Path) -> str:
     """One SHA-256, hexadecimal, for a component's weights and what its config says of them."""
-    return hashes.together(hashes.sha256(_weights(folder)), hashes.sha256(folder / CONFIG))
+    chosen = _chosen(folder, allow_pickle=True)
+    files = [chosen.string] if not chosen["index"] else list(_shards(folder, chosen.string))
+    return hashes.together(*(_sha256(folder / file) for file in files), hashes.sha256(folder / CONFIG))
 
 
-def _weights(folder: Path) -> Path:
-    weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
-    if weights is None:
-        pickles = [p.name for p in folder.glob("*.bin")]
-        hint = f"; {pickles[0]} is a pickle and is not opened" if pickles else ""
-        raise ModelFileError(f"{folder} holds no safetensors weights ({_WEIGHTS[0]}){hint}")
-    return weights
+def _sha256(path: Path) -> str:
+    try:
+        return hashes.sha256(path)
+    except OSError as error:
+        raise ModelFileError(f"{path} cannot be read: {explain_os_error(error)}") from None
 
 
-def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    def now(name: str) -> str:
-        found = _EARLIER_NAME.fullmatch(name)
-        return f"{found[1]}.{_EARLIER[found[2]]}.{found[3]}" if found else name
+def _chosen(folder: Path, allow_pickle: bool) -> re.Match[str]:
+    """The file or index to read: safetensors before pickles, no variant before fp16, bf16 and others."""
+    found = [one for path in folder.iterdir() if (one := _FILE.fullmatch(path.name)) is not None]
+    kinds = ("safetensors", "bin", "ckpt") if allow_pickle else ("safetensors",)
+    usable = [one for one in found if one["kind"] in kinds]
+    if usable:
+        return min(usable, key=lambda one: (kinds.index(one["kind"]), *_rank(one)))
+    pickle = min((one.string for one in found), default="")
+    hint = f"; {pickle} is a pickle and is not opened without --allow-pickle (allow_pickle=True)" if pickle else ""
+    raise ModelFileError(f"{folder} holds no safetensors weights ({WEIGHTS}){hint}")
 
-    return {now(name): tensor for name, tensor in tensors.items()}
+
+def _variant(file: re.Match[str]) -> str:
+    return file["variant"] or file["later"] or ""
+
+
+def _rank(file: re.Match[str]) -> tuple[Any, ...]:
+    """The lower the better: by variant, then whole files before shards."""
+    variant = _variant(file)
+    place = _VARIANTS.index(variant) if variant in _VARIANTS else len(_VARIANTS)
+    return place, variant, file["index"] is not None, file.string
+
+
+def _shards(folder: Path, index: str) -> dict[str, set[str] | None]:
+    """File -> the tensors that an index says are in it, in the order of the files' names."""
+    table = read_json(folder / index).get("weight_map")
+    if not isinstance(table, dict) or not table or not all(isinstance(file, str) for file in table.values()):
+        raise ModelFileError(f"{folder / index} has no weight_map that tells the file of each tensor")
+    shards: dict[str, set[str] | None] = {}
+    for file in sorted(set(table.values())):
+        if not file or Path(file).name != file or "\\" in file or not file.isprintable():
+            raise ModelFileError(f"{folder / index} points outside its folder, to {file!r:.100}")
+        if not (folder / file).is_file():
+            raise ModelFileError(f"{folder} lacks {file}, which {index} lists")
+        shards[file] = {name for name, where in table.items() if where == file}
+    return shards
+
+
+def _check_shard(file: TensorFile, listed: set[str], path: Path, index: str) -> None:
+    """A shard must hold what its index says, and nothing else."""
+    if missing := sorted(listed - file.seen.keys()):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelFileError(f"{path} lacks {missing[0]}{more}, which {index} says it holds")
+    if foreign := sorted(file.seen.keys() - listed):
+        raise ModelFileError(f"{path} holds {foreign[0]}, which {index} does not list there")
+
+
+def _now(name: str) -> str:
+    """Today's name of a tensor."""
+    found = _EARLIER_NAME.fullmatch(name)
+    return f"{found[1]}.{_EARLIER[found[2]]}.{found[3]}" if found else name
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -127,29 +241,32 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_component(folder: Path, class_name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def write_component(folder: Path, class_name: str, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
     """Write a component's config and weights into a folder, which is made. Raises `OSError`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG, {CLASS: class_name, **config})
-    write_tensors(folder / _WEIGHTS[0], tensors)
+    write_tensors(folder / WEIGHTS, weights)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write plain safetensors, marked as torch's, as others expect. Raises `OSError`."""
-    from safetensors.torch import save
-
-    contiguous = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    _write(path, save(contiguous, metadata={"format": "pt"}))
+def write_tensors(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write plain safetensors, one tensor at a time, marked as torch's, as others expect. Raises `OSError`."""
+    try:
+        tensors.write_tensors(path, weights, {"format": "pt"})
+    except UserError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None  # the sentence is for the whole folder to say
+        raise
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON object, its folder included. Raises `OSError`."""
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text, its folder included. Raises `OSError`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def _write(path: Path, data: bytes) -> None:
     with path.open("wb") as file:
-        file.write(data)
+        file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())

@@ -27,6 +27,12 @@ from sfumato.networks.autoencoder import AutoencoderConfig
 from sfumato.networks.unet_condition import UNet2DConditionConfig
 
 Prediction = Literal["eps", "v", "unknown"]
+
+
+class Undecided(UserError):
+    """What the network predicts cannot be told from the file."""
+
+
 T = TypeVar("T")
 
 
@@ -269,7 +275,7 @@ class Found:
         known = prediction if prediction != "unknown" else self.prediction
         if known == "unknown":
             titles = " or ".join(f"{one.title} ({one.prediction})" for one in self.families)
-            raise UserError(
+            raise Undecided(
                 f"the file can be {titles} and does not say which: say what its network predicts, eps or v"
             )
         one = next((one for one in self.families if one.prediction == known), self.families[0])

@@ -1,0 +1,1 @@
+"""How things are computed on the machine at hand; what is computed is `networks`' affair."""

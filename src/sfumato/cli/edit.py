@@ -1,0 +1,113 @@
+"""`sfumato edit`: change a picture.
+
+>>> edit.__name__
+'edit'
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sfumato.cli import drawing
+from sfumato.cli.drawing import (
+    AllowPickle,
+    AsJson,
+    ClipSkip,
+    Count,
+    Destination,
+    Device,
+    Dialect,
+    Dtype,
+    Ema,
+    GuidanceScale,
+    Interval,
+    Label,
+    ModelName,
+    Negative,
+    Out,
+    Overwrite,
+    Predicts,
+    Previews,
+    Rescale,
+    Sampler,
+    Schedule,
+    Seed,
+    Sheet,
+    Steps,
+    Tiles,
+    Vae,
+)
+from sfumato.cli.options import number, whole
+
+
+def edit(
+    picture: Annotated[Path, typer.Argument(help="The picture to change.")],
+    prompt: Annotated[list[str] | None, typer.Argument(help="What it, or the mask's inside, should become.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="A picture of the same size; white is redrawn.")] = None,
+    box: Annotated[str | None, typer.Option(metavar="X,Y,W,H", help="A box that is redrawn, in pixels.")] = None,
+    outpaint: Annotated[
+        str | None, typer.Option(metavar="L,T,R,B", help="Pixels to add on the left, top, right and bottom.")
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(parser=number(0), metavar="S", help="How far it is forgotten, 0 to 1. [0.8; mask 1]")
+    ] = None,
+    depth: Annotated[
+        Path | None, typer.Option(help="Its map of depths, near is bright, for models that follow one.")
+    ] = None,
+    upscale: Annotated[
+        float | None, typer.Option(parser=number(1), metavar="X", help="Enlarge by X, and draw over it at that size.")
+    ] = None,
+    noise_level: Annotated[
+        int | None, typer.Option(parser=whole(0), metavar="N", help="Noise on a small picture, for upscalers. [20]")
+    ] = None,
+    model: ModelName = None,
+    seed: Seed = None,
+    count: Count = 1,
+    steps: Steps = None,
+    sampler: Sampler = None,
+    schedule: Schedule = None,
+    guidance: GuidanceScale = None,
+    guidance_rescale: Rescale = 0.0,
+    guidance_interval: Interval = None,
+    negative: Negative = None,
+    label: Label = None,
+    dialect: Dialect = None,
+    clip_skip: ClipSkip = None,
+    vae: Vae = None,
+    prediction: Predicts = None,
+    ema: Ema = False,
+    allow_pickle: AllowPickle = False,
+    tiles: Tiles = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    previews: Previews = None,
+    out: Out = Path(),
+    sheet: Sheet = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Change a picture: towards a prompt, within a mask or a box, beyond its border, or larger."""
+    where = Destination(out, count * max(1, len(prompt or [])), sheet, overwrite)
+    where.check()
+    options: dict[str, Any] = {
+        "mask": mask, "box": drawing.numbers(box, "--box", "X,Y,W,H"),
+        "outpaint": drawing.numbers(outpaint, "--outpaint", "L,T,R,B"), "strength": strength, "depth": depth,
+        "upscale": upscale, "noise_level": noise_level, "count": count, "steps": steps, "sampler": sampler,
+        "schedule": schedule, "guidance": guidance, "guidance_rescale": guidance_rescale,
+        "guidance_interval": drawing.interval(guidance_interval), "negative": negative, "label": label,
+        "dialect": dialect, "clip_skip": clip_skip,
+    }  # fmt: skip
+    opened = drawing.opened(
+        model, device=device, dtype=dtype, vae=vae, prediction=prediction, ema=ema, allow_pickle=allow_pickle,
+        tiles=tiles,
+    )  # fmt: skip
+    first = drawing.first_seed(seed, as_json)
+    for remark in opened.remarks(sampler):
+        print(f"note: {remark}", file=sys.stderr)
+    draw = partial(opened.edit, picture, prompt or None, seed=first, **options)
+    drawing.make(draw, opened, where, first, as_json, previews)

@@ -1,0 +1,225 @@
+"""`sfumato edit`, and what `sfumato generate` does with a Stable Diffusion file: sizes, masks, replay, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sfumato.checkpoints.io import write_model
+from sfumato.images import read_settings
+from sfumato.systems.codec import CodecSystem
+
+from .. import stable
+
+STEPS = ("--steps", 3, "--sampler", "euler", "--guidance", 2)
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Single files of several layouts, and pictures."""
+    folder = tmp_path_factory.mktemp("stable")
+    for name in ("sd1", "sd1-inpainting", "sd2-depth", "sd-x4-upscaler"):
+        stable.write(folder / f"{name}.safetensors", name)
+    values = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    Image.fromarray(values).save(folder / "photo.png")
+    mask = np.zeros((50, 70), dtype=np.uint8)
+    mask[10:30, 20:50] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    Image.fromarray(values[:, :, 0]).save(folder / "depth.png")
+    return folder
+
+
+@pytest.fixture
+def here(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def array(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.array(image)
+
+
+def replayed(succeed: Callable, made: Path, *options: object) -> None:
+    succeed("replay", made, "--out", "again.png", "--overwrite", *options)
+    assert made.read_bytes() == Path("again.png").read_bytes()
+
+
+def test_words_to_picture_and_back_to_the_same_bytes(here: Path, files: Path, succeed: Callable) -> None:
+    done = succeed("generate", "a (red:1.3) hat", "--model", files / "sd1.safetensors", "--negative", "blue",
+                   "--seed", 4, *STEPS, "--width", 60, "--height", 40, "--clip-skip", 1, "--out", "a.png")  # fmt: skip
+    assert "Stable Diffusion 1; predicts eps" in done.err
+    assert array(here / "a.png").shape == (40, 60, 3)
+    told = read_settings(here / "a.png")
+    assert told["clip_skip"] == 1 and told["prompt"] == "a (red:1.3) hat"
+    replayed(succeed, here / "a.png")
+    succeed("generate", "a red hat", "--model", files / "sd1.safetensors", "--negative", "blue", "--seed", 4, *STEPS,
+            "--width", 60, "--height", 40, "--clip-skip", 1, "--out", "b.png")  # fmt: skip
+    assert not np.array_equal(array(here / "a.png"), array(here / "b.png"))
+
+
+@pytest.mark.parametrize("model", ["sd1", "sd1-inpainting"])
+def test_pixels_outside_the_mask_stay(here: Path, files: Path, succeed: Callable, model: str) -> None:
+    succeed("edit", files / "photo.png", "a hat", "--mask", files / "mask.png", "--model",
+            files / f"{model}.safetensors", "--seed", 1, "--count", 2, *STEPS, "--out", "out")  # fmt: skip
+    mask = array(files / "mask.png") == 255
+    for seed in (1, 2):
+        made = array(here / f"out/{seed}.png")
+        assert np.array_equal(made[~mask], array(files / "photo.png")[~mask])
+        assert not np.array_equal(made[mask], array(files / "photo.png")[mask])
+    replayed(succeed, here / "out/2.png")
+
+
+def test_a_box_and_strength(here: Path, files: Path, succeed: Callable) -> None:
+    options = ("--model", files / "sd1.safetensors", "--seed", 1, *STEPS)
+    succeed("edit", files / "photo.png", "a hat", "--box", "8,8,16,16", "--strength", 0.7, *options, "--out", "a.png")
+    kept = np.ones((50, 70), dtype=bool)
+    kept[8:24, 8:24] = False
+    assert np.array_equal(array(here / "a.png")[kept], array(files / "photo.png")[kept])
+    assert read_settings(here / "a.png")["edit"]["box"] == [8, 8, 16, 16]
+    replayed(succeed, here / "a.png")
+
+
+def test_the_original_may_have_moved(here: Path, files: Path, run: Callable, succeed: Callable) -> None:
+    Image.open(files / "photo.png").save(here / "mine.png")
+    succeed("edit", "mine.png", "a hat", "--model", files / "sd1.safetensors", "--seed", 1, *STEPS, "--out", "a.png")
+    (here / "mine.png").rename(here / "moved.png")
+    refused = run("replay", "a.png", "--out", "b.png")
+    assert refused.code == 2 and "name it with --original PATH" in refused.err
+    replayed(succeed, here / "a.png", "--original", "moved.png")
+
+
+def test_outpainting(here: Path, files: Path, succeed: Callable) -> None:
+    succeed("edit", files / "photo.png", "a hat", "--outpaint", "10,0,6,3", "--model",
+            files / "sd1-inpainting.safetensors", "--seed", 1, *STEPS, "--out", "a.png")  # fmt: skip
+    made = array(here / "a.png")
+    assert made.shape == (53, 86, 3) and np.array_equal(made[:50, 10:80], array(files / "photo.png"))
+    replayed(succeed, here / "a.png")
+
+
+def test_depth(here: Path, files: Path, run: Callable, succeed: Callable) -> None:
+    options = ("--model", files / "sd2-depth.safetensors", "--seed", 1, *STEPS, "--out", "a.png")
+    refused = run("edit", files / "photo.png", "a hat", *options)
+    assert refused.code == 2 and "needs the picture's map of depths" in refused.err
+    refused = run("generate", "a hat", *options)
+    assert refused.code == 2 and "`sfumato edit` takes one" in refused.err
+    succeed("edit", files / "photo.png", "a hat", "--depth", files / "depth.png", *options)
+    replayed(succeed, here / "a.png")
+
+
+def test_enlarging_by_a_model_made_for_it(here: Path, files: Path, run: Callable, succeed: Callable) -> None:
+    options = ("--model", files / "sd-x4-upscaler.safetensors", "--seed", 1, *STEPS, "--out", "a.png")
+    succeed("edit", files / "photo.png", "a hat", "--noise-level", 5, *options)
+    assert array(here / "a.png").shape == (200, 280, 3)
+    replayed(succeed, here / "a.png")
+    refused = run("edit", files / "photo.png", "--upscale", 2, *options, "--overwrite")
+    assert refused.code == 2 and "enlarges by 4, not by 2" in refused.err
+
+
+def test_a_second_pass_and_an_enlarged_picture(here: Path, files: Path, succeed: Callable) -> None:
+    options = ("--model", files / "sd1.safetensors", "--seed", 1, *STEPS)
+    succeed("generate", "a hat", *options, "--width", 40, "--height", 32, "--hires", 1.5, "--out", "a.png")
+    assert array(here / "a.png").shape == (48, 60, 3)
+    replayed(succeed, here / "a.png")
+    succeed("edit", files / "photo.png", "a hat", *options, "--upscale", 1.2, "--strength", 0.4, "--out", "b.png")
+    assert array(here / "b.png").shape == (60, 84, 3)
+    replayed(succeed, here / "b.png")
+
+
+def test_pictures_on_the_way_between_prompts_and_seeds(here: Path, files: Path, succeed: Callable) -> None:
+    options = ("--model", files / "sd1.safetensors", *STEPS)
+    succeed("generate", "a hat", *options, "--seed", 1, "--towards", "a cat", "--towards-seed", 9, "--count", 3,
+            "--out", "way")  # fmt: skip
+    succeed("generate", "a hat", *options, "--seed", 1, "--out", "first.png")
+    succeed("generate", "a cat", *options, "--seed", 9, "--out", "last.png")
+    way = [array(here / f"way/1-{i}.png").astype(int) for i in range(3)]
+    ends = [array(here / name).astype(int) for name in ("first.png", "last.png")]
+    assert np.abs(way[0] - ends[0]).max() <= 1 and np.abs(way[2] - ends[1]).max() <= 1
+    assert np.abs(way[1] - ends[0]).max() > 1 and np.abs(way[1] - ends[1]).max() > 1
+    replayed(succeed, here / "way/1-1.png")
+
+
+def test_a_variation_of_strength_0_is_the_picture_itself(here: Path, files: Path, succeed: Callable) -> None:
+    options = ("--model", files / "sd1.safetensors", *STEPS, "--seed", 3)
+    for name, strength in (("none", 0), ("some", 0.4)):
+        succeed("generate", "a hat", *options, "--variation", 8, "--variation-strength", strength,
+                "--out", f"{name}.png")  # fmt: skip
+    succeed("generate", "a hat", *options, "--out", "plain.png")
+    plain, none, some = (array(here / f"{name}.png") for name in ("plain", "none", "some"))
+    assert np.array_equal(plain, none) and not np.array_equal(plain, some)
+    replayed(succeed, here / "some.png")
+
+
+def test_tiles_are_stored_and_repeated(here: Path, files: Path, succeed: Callable) -> None:
+    succeed("generate", "a hat", "--model", files / "sd1.safetensors", "--seed", 1, *STEPS, "--tiles", "always",
+            "--width", 1024, "--height", 64, "--out", "a.png")  # fmt: skip
+    assert read_settings(here / "a.png")["tiled"] is True
+    replayed(succeed, here / "a.png")
+
+
+def test_previews_are_written_step_by_step(here: Path, files: Path, succeed: Callable) -> None:
+    succeed("generate", "a hat", "--model", files / "sd1.safetensors", "--seed", 1, *STEPS, "--previews", "seen",
+            "--out", "a.png")  # fmt: skip
+    assert [p.name for p in sorted((here / "seen").iterdir())] == ["001.png", "002.png", "003.png"]
+    assert array(here / "seen/003.png").ndim == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--strength", 1.5], "strength must be above 0 and at most 1"),
+        (["--strength", 0], "strength must be above 0"),
+        (["--box", "1,2,3"], "--box takes four whole numbers, X,Y,W,H"),
+        (["--box", "1,2,3,x"], "--box takes four whole numbers"),
+        (["--noise-level", 3], "belongs to models that enlarge"),
+        (["--depth", "DEPTH"], "this model does not follow depths"),
+        (["--dialect", "a1113"], "did you mean 'a1111'"),
+        (["--clip-skip", 12], "skip must be a whole number from 0 to 1"),
+        (["--prediction", "w"], "unknown prediction 'w'"),
+        (["--vae", "nowhere.safetensors"], "no model at nowhere.safetensors"),
+    ],
+)
+def test_one_clear_sentence(here: Path, files: Path, run: Callable, options: list[object], sentence: str) -> None:
+    given = [files / "depth.png" if one == "DEPTH" else one for one in options]
+    refused = run("edit", files / "photo.png", "a hat", "--model", files / "sd1.safetensors", *STEPS, *given)
+    assert refused.code == 2 and sentence in refused.err.splitlines()[-1], refused.err
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("prompt", ["a <lora:hat:1>", "a AND b", "[a:b:0.5]"])
+def test_what_is_not_supported_in_a_prompt_is_refused(here: Path, files: Path, run: Callable, prompt: str) -> None:
+    refused = run("generate", prompt, "--model", files / "sd1.safetensors", *STEPS, "--out", "a.png")
+    assert refused.code == 2 and "not supported" in refused.err and not list(here.iterdir())
+
+
+def test_another_first_stage(here: Path, files: Path, run: Callable, succeed: Callable) -> None:
+    other = stable.model("sd1", seed=5)
+    stage = CodecSystem(other.config.codec, other.codec)
+    write_model(here / "vae.safetensors", stage.tensors(), stage.config.model_dump(mode="json"))
+    options = ("--model", files / "sd1.safetensors", "--seed", 1, *STEPS)
+    succeed("generate", "a hat", *options, "--out", "a.png")
+    succeed("generate", "a hat", *options, "--vae", "vae.safetensors", "--out", "b.png")
+    assert not np.array_equal(array(here / "a.png"), array(here / "b.png"))
+    replayed(succeed, here / "b.png")
+    (here / "vae.safetensors").rename(here / "moved.safetensors")
+    refused = run("replay", "b.png", "--out", "c.png")
+    assert refused.code == 2 and "name it with --vae PATH" in refused.err
+    replayed(succeed, here / "b.png", "--vae", "moved.safetensors")
+
+
+def test_info_accounts_for_every_tensor(here: Path, files: Path, succeed: Callable) -> None:
+    told = succeed("info", files / "sd1-inpainting.safetensors", "--json").json
+    assert told["system"] == "latent" and told["title"] == "Stable Diffusion 1 for inpainting"
+    assert told["tensors"]["used"] > 100 and told["conditions"]["masked"] == {"kind": "masked", "latents": 4}
+
+
+def test_a_sheet_of_several_prompts_names_them_all(here: Path, files: Path, succeed: Callable) -> None:
+    succeed("generate", "a hat", "a cat", "--model", files / "sd1.safetensors", "--seed", 1, *STEPS, "--sheet",
+            "--out", "a.png")  # fmt: skip
+    told = read_settings(here / "a.png")
+    assert told["prompts"] == ["a hat", "a cat"] and "prompt" not in told and told["sheet"] == [1, 2]
