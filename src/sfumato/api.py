@@ -26,7 +26,7 @@ from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.hooks import Hook, keep
 from sfumato.diffusion.solvers import Solver, find
 from sfumato.errors import ModelFileError, UserError, nearest, raise_unknown
-from sfumato.images import to_pil, with_settings
+from sfumato.images import PictureError, to_pil, with_settings
 from sfumato.networks.attention import attention_kernel
 from sfumato.systems import Drawing, Opened, open_system
 from sfumato.systems.asked import Asked
@@ -34,6 +34,7 @@ from sfumato.systems.ddpm import DDPM
 from sfumato.systems.latent import Latent
 from sfumato.systems.stable_diffusion import config_of
 from sfumato.tasks.draw import (
+    LOG,
     Guidance,
     choose_schedule,
     choose_solver,
@@ -271,7 +272,12 @@ class Model:
     def preview_hook(self, show: Callable[[int, Image.Image], None]) -> Hook:
         """A hook for `on_step` that calls `show(step, picture)` with what the picture is becoming, as small as its
         latents, by a linear map that is measured on the model's own codec."""
-        return LatentPreview.measured(self.system.codec, torch.Generator().manual_seed(0)).hook(1, show)
+        try:
+            preview = LatentPreview.measured(self.system.codec, torch.Generator().manual_seed(0))
+        except PictureError as error:  # of random latents: what is drawn may decode all the same
+            LOG.warning("there are no previews: %s", error)
+            return keep
+        return preview.hook(1, show)
 
     def _texts(self, prompt: str | Sequence[str] | None, count: int) -> list[str | None]:
         """The prompt of each picture."""

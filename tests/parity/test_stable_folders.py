@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from sfumato.checkpoints.formats.families import END_MARK
 from sfumato.systems import open_system
 from sfumato.systems.exchange import OWN, save_folder
 from sfumato.systems.latent import Latent
-from sfumato.systems.stable_diffusion import END_MARK
 
 from .stable_cases import NAMES, case, latent
 

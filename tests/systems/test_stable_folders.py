@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sfumato.checkpoints.formats.diffusers import read_component
-from sfumato.checkpoints.formats.families import DDPM_X4
+from sfumato.checkpoints.formats.families import DDPM_X4, END_MARK
 from sfumato.checkpoints.tensors import TensorFile
 from sfumato.conditioners.vocabulary import END, START, tables
 from sfumato.errors import ModelFileError, UserError
@@ -24,7 +24,7 @@ from sfumato.systems.convert import NO_PLACE, REPLACED, convert
 from sfumato.systems.exchange import CONDITIONER, OWN, save_folder
 from sfumato.systems.exchange_text import pad_of, write_tokenizer
 from sfumato.systems.latent import Latent
-from sfumato.systems.stable_diffusion import END_MARK, config_of, write_single_file
+from sfumato.systems.stable_diffusion import config_of, write_single_file
 
 from ..checkpoints.test_pickles import PAYLOADS, zipped
 from ..parity.stable_cases import NAMES, case, latent

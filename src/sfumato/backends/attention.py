@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sfumato.networks.attention import KERNELS, Kernel, sdpa
+from sfumato.networks.attention import KERNELS, sdpa
 
 ROWS = 512
 """Queries in a block: its scores at 4,096 keys are 4 MB in bfloat16, about a core's share of the cache."""

@@ -1,11 +1,11 @@
-"""Pictures of any size through an autoencoder in the memory of one tile, nearly as if there were no tiles.
+"""Big pictures through an autoencoder in less memory, as if there were no tiles, or nearly so.
 
 Tiles alone leave seams and shifts of colour, for two reasons: attention and normalisation look at the whole picture,
 and a convolution at a tile's edge sees zeros. So the layers whose values for the whole picture take no more memory than
 one tile (attention always) run on the whole picture. For the others there are two ways.
 
 Layer by layer (no overlap): one layer runs over all tiles before the next one does, each norm's statistics are gathered
-before any tile goes on, and the picture is the untiled one but for rounding. Half as much work again; it holds the
+before any tile goes on, and the picture is the untiled one but for rounding. About 1.4 times the work; it holds the
 values before and after one layer for the whole picture, and beside them what a tile needs (`layer_bytes`).
 
 Tile by tile (an overlap): every `GroupNorm` has one mean and one variance for all tiles, gathered from every pixel in a

@@ -199,11 +199,11 @@ def _family(
         raise UserError("only first stages of square pictures, with as many channels in as out, can be opened")
     _check_network(network, first, text, folder)
     known = _prediction(scheduler, folder) if prediction == "unknown" else prediction
-    open_clip = text.pad == PAD_TOKENS["!"]
+    open_clip = text.config.hidden_act == "gelu"
     family = predicting(
         replace(
             family_named(_nearest(network.in_channels - first.latent_channels, first, open_clip, known)),
-            unet=network, vae=first, text=text.config, open_clip=open_clip, scheduler=scheduler,
+            unet=network, vae=first, text=text.config, open_clip=open_clip, pad=text.pad, scheduler=scheduler,
         ),
         known,
     )  # fmt: skip

@@ -27,12 +27,12 @@ from torch import Tensor
 
 from sfumato.checkpoints.formats import diffusers
 from sfumato.checkpoints.formats.diffusers import Component
+from sfumato.checkpoints.formats.families import END_MARK
 from sfumato.checkpoints.formats.open_clip import CLIPTextConfig
 from sfumato.conditioners.clip_prompt import ClipPrompt
 from sfumato.conditioners.pretrained import need
 from sfumato.conditioners.vocabulary import END, START, tables
 from sfumato.errors import ModelFileError, UserError, raise_unknown
-from sfumato.systems.stable_diffusion import END_MARK
 
 TEXT_ENCODER, TOKENIZER = "text_encoder", "tokenizer"
 CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")

@@ -195,7 +195,7 @@ class Latent:
         """Latents (B, C, h, w) to pictures in about [-1, 1], float32; large ones one by one.
 
         Args:
-            tiled: decode in overlapping tiles, in bounded memory.
+            tiled: decode layer by layer in tiles: less memory, the same picture but for rounding.
         """
         x = latents.to(self._codec_dtype(latents))
         if tiled:

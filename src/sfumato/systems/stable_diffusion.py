@@ -34,8 +34,6 @@ from sfumato.systems.config import parse
 from sfumato.systems.latent import TEXT, Latent, LatentConfig
 from sfumato.systems.scheduler_config import Scheduler, from_diffusers, to_diffusers
 
-END_MARK = 49407
-"""The id that Stable Diffusion 1 fills windows with; 2 takes 0."""
 GUIDANCE, STEPS, FEWER_STEPS = 7.5, 50, 25
 _PLAIN = ("plms", "pndm_prk", "ddim", "ddpm")  # methods that want more steps
 NAMES = {"network": "unet", "codec": "vae", "conditioner": "text"}
@@ -80,8 +78,7 @@ def codec_of(vae: AutoencoderConfig) -> CodecConfig:
 
 def _text_of(family: Family) -> dict[str, Any]:
     tower = {key: value for key, value in family.text.to_dict().items() if key != "model_type"}
-    pad = 0 if family.open_clip else END_MARK
-    return {"kind": ClipPrompt.kind, "tower": tower, "pad": pad, "skip": 0, "final_norm": True}
+    return {"kind": ClipPrompt.kind, "tower": tower, "pad": family.pad, "skip": 0, "final_norm": True}
 
 
 def _shown_of(family: Family) -> dict[str, dict[str, Any]]:
@@ -113,7 +110,8 @@ def family_of(model: Latent) -> Family:
         raise UserError("only models with a KL codec and a CLIP text tower of their own have Stable Diffusion's layout")
     if parameterization not in ("eps", "v") or text.skip or not text.final_norm:
         raise UserError("Stable Diffusion's layout has no place for this model's parameterization or text states")
-    open_clip, prediction = text.pad == 0, _known(parameterization)
+    towers = CLIPTextConfig.from_dict(text.values)
+    open_clip, prediction = towers.hidden_act == "gelu", _known(parameterization)
     shown = next(iter(model.shown), None)
     names = {
         None: {"eps": "sd2-base", "v": "sd2-v"}[prediction] if open_clip else "sd1",
@@ -128,8 +126,9 @@ def family_of(model: Latent) -> Family:
         families.family_named(names[shown]),
         unet=unet.config,
         vae=vae.config,
-        text=CLIPTextConfig.from_dict(text.values),
+        text=towers,
         open_clip=open_clip,
+        pad=text.pad,
         prediction=prediction,
         size=model.config.size,
         scheduler=scheduler,

@@ -58,7 +58,7 @@ def draw(
         sampler, schedule, steps, guidance: None for the model's own defaults; a sampler's name may carry the schedule's
             ("DPM++ 2M Karras"), and a respacing spec such as "ddim25" the number of steps.
         size: (width, height) in pixels; None for the model's own.
-        tiled: decode in tiles, in bounded memory.
+        tiled: decode in tiles, which takes less memory.
         on_step: hook of the sampling loop.
 
     Raises:

@@ -35,6 +35,9 @@ class Undecided(UserError):
 
 T = TypeVar("T")
 
+END_MARK = 49407
+"""CLIP's id of the end of a text, which Stable Diffusion 1 also fills windows with; 2 takes 0."""
+
 
 # --- published configs ---------------------------------------------------------------------------------------------
 
@@ -48,6 +51,7 @@ class Family:
         title: how people call it.
         unet, vae, text: configs of its networks.
         open_clip: whether single files keep its text tower under OpenCLIP's names.
+        pad: id of the token that fills its windows.
         prediction: what the published network predicts.
         size: width and height of the pictures that it learnt.
         scheduler: diffusers' `scheduler_config.json`.
@@ -66,6 +70,7 @@ class Family:
     scheduler: dict[str, Any]
     low_res_scheduler: dict[str, Any] | None = None
     architecture: str = ""
+    pad: int = 0
 
 
 PNDM: dict[str, Any] = {
@@ -148,6 +153,7 @@ STABLE_DIFFUSION_1 = Family(
     size=512,
     scheduler=PNDM,
     architecture="stable-diffusion-v1",
+    pad=END_MARK,
 )
 STABLE_DIFFUSION_1_INPAINTING = replace(
     STABLE_DIFFUSION_1,
@@ -461,6 +467,8 @@ def stored_parts(family: Family) -> str:
             "unet": family.unet.to_dict(),
             "vae": family.vae.to_dict(),
             "text": family.text.to_dict(),
+            "open_clip": family.open_clip,
+            "pad": family.pad,
             "prediction": family.prediction,
             "size": family.size,
             "scheduler": family.scheduler,
@@ -480,13 +488,17 @@ def _stored(text: str) -> Family:
         values = json.loads(text)
     except (ValueError, RecursionError):
         refuse("they are not JSON")
-    known = ("family", "unet", "vae", "text", "prediction", "size", "scheduler", "low_res_scheduler")
+    known = (
+        "family", "unet", "vae", "text", "open_clip", "pad", "prediction", "size", "scheduler", "low_res_scheduler",
+    )  # fmt: skip
     if not isinstance(values, dict) or values.keys() != set(known):
         refuse(f"they must hold {', '.join(known)}")
     if values["family"] not in FAMILIES:
         refuse(f"the family {values['family']!r} is not known")
     if values["prediction"] not in ("eps", "v") or type(values["size"]) is not int or values["size"] < 8:
         refuse("prediction must be eps or v, and size a whole number of 8 or more")
+    if type(values["open_clip"]) is not bool or type(values["pad"]) is not int or values["pad"] < 0:
+        refuse("open_clip must be true or false, and pad the id of a token")
     schedulers = (values["scheduler"], values["low_res_scheduler"] or {})
     if not all(isinstance(one, dict) for one in schedulers):
         refuse("a scheduler must be a table")
@@ -496,6 +508,8 @@ def _stored(text: str) -> Family:
             unet=_config(UNet2DConditionConfig.from_dict, values["unet"]),
             vae=_config(AutoencoderConfig.from_dict, values["vae"]),
             text=_config(CLIPTextConfig.from_dict, values["text"]),
+            open_clip=values["open_clip"],
+            pad=values["pad"],
             prediction=values["prediction"],
             size=values["size"],
             scheduler=values["scheduler"],
