@@ -138,7 +138,7 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "size": (
         ("evaluate", "pictures", "--model", "free.safetensors", "--size", 9, *DATA), "draws 8 pixels; leave --size out",
     ),
-    "not a codec": (("evaluate", "codec", "run", *DATA), "run is a ddpm model without a codec"),
+    "not a codec": (("evaluate", "codec", "run", *DATA), "holds a ddpm model, which has no first stage"),
     "no codec": (("evaluate", "codec", "away.safetensors", *DATA), "no model at away.safetensors"),
     "no text": (("evaluate", "text", "cat-dog.safetensors", "--data", "pictures"), "holds no pictures out"),
     "device": (("evaluate", "floor", *DATA, "--device", "gpu"), "device 'gpu' cannot be used here"),

@@ -132,7 +132,13 @@ class Case:
     parts: Parts
 
     def model(self, scheduler: str) -> Latent:
-        """Our model, which draws by default as that scheduler says."""
+        """Our model, which draws by default as that scheduler says; made once, so it must be left as it is."""
+        if scheduler not in self._models:
+            self._models[scheduler] = self.new_model(scheduler)
+        return self._models[scheduler]
+
+    def new_model(self, scheduler: str) -> Latent:
+        """The same, made anew; of the weights only the values are shared."""
         return latent(replace(self.family, scheduler=scheduler_fields(self.family, scheduler)), self.parts)
 
     def pipeline(self, kind: str, scheduler: str) -> Any:
@@ -142,6 +148,10 @@ class Case:
         fields = scheduler_fields(self.family, scheduler)
         made = getattr(diffusers, fields["_class_name"]).from_config(fields)
         return pipeline(self.family, kind, made, self.networks)
+
+    @functools.cached_property
+    def _models(self) -> dict[str, Latent]:
+        return {}
 
     @functools.cached_property
     def networks(self) -> dict[str, Any]:
@@ -186,12 +196,17 @@ def their_text(family: Family, tensors: Mapping[str, Tensor]) -> Any:
 
 def their_tokenizer(family: Family) -> Any:
     """transformers' tokenizer over the packaged vocabulary, padding as the family does."""
+    return _their_tokenizer("!" if family.open_clip else "<|endoftext|>")
+
+
+@functools.cache
+def _their_tokenizer(pad: str) -> Any:
     from transformers import CLIPTokenizer
 
     from sfumato.conditioners.vocabulary import END, START, tables
 
     vocabulary, merges = tables()
-    marks = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": "!" if family.open_clip else END}
+    marks = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad}
     return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=77, **marks)
 
 

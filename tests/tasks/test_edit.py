@@ -30,7 +30,7 @@ SIDES = range(64, 201)
 
 @functools.cache
 def latent(name: str = "sd1") -> Latent:
-    return stable_cases.case(name).model("ddim")
+    return stable_cases.case(name).new_model("ddim")
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from sfumato.networks.unet_2d import UNet2DModel
 from sfumato.networks.unet_condition import UNet2DConditionModel
 from sfumato.systems import open_as
 from sfumato.systems.codec import CodecSystem
-from sfumato.systems.latent import Latent
+from sfumato.systems.latent import Latent, LatentConfig
 from sfumato.training import cache, recipes, run, state
 from sfumato.training.captions import Captions, columns_of, spoken
 from sfumato.training.recipes.latent import LatentRecipe
@@ -463,8 +463,24 @@ def test_runs_that_are_not_finished_are_refused(tmp_path: Path, data: Path, code
     with pytest.raises(UserError, match="no model at|there is no codec"):
         recipe_for(data, tmp_path / "away.safetensors")
     tiny.write_tiny_model(tmp_path / "ddpm.safetensors")
-    with pytest.raises(UserError, match="holds a ddpm model, where a codec model is needed"):
+    with pytest.raises(UserError, match="holds a ddpm model, which has no first stage"):
         recipe_for(data, tmp_path / "ddpm.safetensors")
+
+
+def test_the_codec_of_a_latent_model_serves_another(tmp_path: Path, data: Path, codec: Path) -> None:
+    own = latent_recipe(latent_settings(data, codec)).stage()
+    model = Latent.create(LatentConfig(size=own.config.size, codec=own.config, network=UNCONDITIONAL))
+    kept = {name: tensor for name, tensor in model.tensors().items() if not name.startswith("codec.")}
+    write_model(tmp_path / "m.safetensors", kept | own.tensors(), model.config.model_dump(mode="json"))
+    found = latent_recipe(latent_settings(data, tmp_path / "m.safetensors")).stage()
+    assert found.config == own.config
+    assert all(torch.equal(tensor, found.tensors()[name]) for name, tensor in own.tensors().items())
+
+
+UNCONDITIONAL = {
+    "block_out_channels": [8, 8], "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2,
+    "norm_num_groups": 4, "layers_per_block": 1,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

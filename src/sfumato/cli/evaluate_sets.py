@@ -313,17 +313,12 @@ def _open_clip(name: str, device: torch.device) -> tuple[CLIP, str]:
 
 def _open_codec(name: str) -> tuple[Codec, int, str]:
     """A codec, alone or inside a latent model; the side of its pictures; the SHA-256 of its file."""
-    from sfumato.systems import open_system
-    from sfumato.systems.codec import CodecSystem
-    from sfumato.systems.latent import Latent
+    from sfumato.systems import open_codec
 
-    opened = open_system(_weights(name))
-    if not isinstance(opened.system, CodecSystem | Latent):
-        raise UserError(f"{name} is a {opened.system.kind} model without a codec; evaluate codec needs one")
-    config = opened.system.config.codec if isinstance(opened.system, Latent) else opened.system.config
-    if config.channels != 3:
+    stage, sha256 = open_codec(_weights(name))
+    if stage.config.channels != 3:
         raise UserError(f"{name} is for grey pictures; the judge sees colour pictures")
-    return opened.system.codec, opened.system.config.size, opened.sha256
+    return stage.codec, stage.config.size, sha256
 
 
 def _reconstruct(codec: Codec, device: str) -> Reconstruct:

@@ -72,6 +72,17 @@ def open_as(kind: type[SystemT], path: str | Path, *, allow_pickle: bool = False
     return system
 
 
+def open_codec(path: str | Path, *, allow_pickle: bool = False) -> tuple[CodecSystem, str]:
+    """A first stage, alone or inside a latent model, and the SHA-256 of its file. Raises `ModelFileError` otherwise."""
+    opened = open_system(path, allow_pickle=allow_pickle)
+    system = opened.system
+    if isinstance(system, Latent):
+        system = CodecSystem(system.config.codec, system.codec)
+    if not isinstance(system, CodecSystem):
+        raise ModelFileError(f"{path} holds a {system.kind} model, which has no first stage (a codec)")
+    return system, opened.sha256
+
+
 def open_system(
     path: str | Path,
     *,
@@ -110,13 +121,11 @@ def open_system(
     opened = replace(opened, opening=how | ({"averaged": True} if averaged else {}))
     if vae is None:
         return opened
-    stage = open_system(vae, allow_pickle=allow_pickle)
-    if not isinstance(stage.system, CodecSystem | Latent) or not isinstance(opened.system, Latent):
-        raise UserError(f"only a latent model takes another first stage, and {vae} must hold one")
-    found = stage.system
-    first = found if isinstance(found, CodecSystem) else CodecSystem(found.config.codec, found.codec)
-    told = {"vae": {"path": str(Path(vae).resolve()), "sha256": stage.sha256}}
-    return replace(opened, system=with_codec(opened.system, first, str(vae)), opening=opened.opening | told)
+    if not isinstance(opened.system, Latent):
+        raise UserError(f"{path} holds a {opened.system.kind} model, which takes no other first stage")
+    stage, sha256 = open_codec(vae, allow_pickle=allow_pickle)
+    told = {"vae": {"path": str(Path(vae).resolve()), "sha256": sha256}}
+    return replace(opened, system=with_codec(opened.system, stage, str(vae)), opening=opened.opening | told)
 
 
 def _own_config(path: Path) -> dict[str, Any] | None:

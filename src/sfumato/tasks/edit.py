@@ -162,6 +162,8 @@ def edit_latents(
     elif not (alone and _part(model, Masked) is not None):
         z0 = _encoded(model, picture, noise, tiled)
     z = first_noise(noise, said)
+    if source.mask is not None and _part(model, Masked) is None:
+        noise.draw()  # in the place of the spread of what the mask leaves, which only other networks are shown
     shown |= _shown(model, source, picture, noise, tiled)
     denoise = guided(model, said, guidance, shown)
     if not alone:

@@ -166,7 +166,7 @@ def _detected(file: TensorFile, names: Mapping[str, str], family: Family | None,
     metadata = file.metadata if step is None else {"global_step": f"{step:.0f}", **file.metadata}
     try:
         return detect({name: file.seen[stored] for name, stored in names.items()}, metadata, family)
-    except ModelFileError as error:
+    except UserError as error:
         raise ModelFileError(f"{path} cannot be opened: {error}") from None
 
 

@@ -32,7 +32,7 @@ from sfumato.diffusion.objective import Loss
 from sfumato.errors import DataError, UserError
 from sfumato.images import sheet, to_pil
 from sfumato.networks.unet_2d import init_zero_outputs
-from sfumato.systems import open_as
+from sfumato.systems import open_codec
 from sfumato.systems.asked import Asked
 from sfumato.systems.codec import CodecConfig, CodecSystem
 from sfumato.systems.config import PredictionConfig, SamplingConfig, ScheduleConfig, Strict, parse
@@ -165,7 +165,7 @@ class LatentRecipe(Strict):
         """The codec, opened."""
         if self.codec == PIXELS:
             return CodecSystem.create(CodecConfig(kind="pixels", size=self.data.size, channels=self.data.channels))
-        return open_as(CodecSystem, codec_file(self.codec))
+        return open_codec(codec_file(self.codec))[0]
 
 
 def codec_file(path: str) -> Path:
