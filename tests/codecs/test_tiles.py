@@ -33,8 +33,7 @@ from sfumato.codecs.tiles import (
 from sfumato.errors import UserError
 from sfumato.images import from_pil
 from sfumato.networks.autoencoder import AutoencoderConfig, AutoencoderKL, VQConfig, VQModel
-from sfumato.systems import open_as
-from sfumato.systems.codec import CodecSystem
+from sfumato.systems import open_codec
 
 DATA = Path(__file__).parents[1] / "data" / "tiny64_32px.parquet"
 NETWORK: dict[str, Any] = {
@@ -307,11 +306,11 @@ def mosaic(columns: int, rows: int) -> Tensor:
     return picked.permute(2, 0, 3, 1, 4).reshape(1, 3, 32 * rows, 32 * columns)
 
 
-@pytest.mark.skipif("emoji-codec" not in models.names(), reason="the box holds no codec in this installation")
+@pytest.mark.skipif("emoji" not in models.names(), reason="the box holds no model in this installation")
 @torch.no_grad()
 def test_a_trained_codec() -> None:
     """A big picture whose left half is full and whose right half is empty."""
-    codec = open_as(CodecSystem, models.weights("emoji-codec")).codec
+    codec = open_codec(models.weights("emoji"))[0].codec
     pictures = torch.cat([mosaic(5, 7), torch.ones(1, 3, 224, 96)], dim=-1)
     latents = codec.encode(pictures).mean
     whole = codec.decode(latents)
