@@ -327,7 +327,7 @@ def _save(pictures: list[Image.Image], paths: list[Path], where: Destination, mo
     if len(set(said)) > 1:
         settings = {key: value for key, value in settings.items() if key != "prompt"} | {"prompts": said}
     labels = [text or "" for text in said] if any(said) else None
-    whole = images.sheet(pictures, labels=labels, scale=max(1, 96 // model.system.config.size))
+    whole = images.sheet(pictures, labels=labels, scale=max(1, 128 // model.system.config.size))
     images.save_picture(whole, paths[0], settings, overwrite=where.overwrite)
 
 
