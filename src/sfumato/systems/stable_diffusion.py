@@ -255,7 +255,7 @@ def probe(model: Latent) -> Literal["eps", "v"] | None:
 
     At the last step of the schedule almost nothing but noise is shown. A network that predicts eps gives its input back
     (their correlation is near 1); one that predicts v gives `alpha eps - sigma x0`, about `-x0`: hardly correlated with
-    the input, and as smooth as a picture's latents, unlike noise.
+    the input, and of the smoothness and about the spread of a picture's latents, unlike noise.
     """
     network, schedule = model.denoiser.network, model.config.schedule
     assert isinstance(network, UNet2DConditionModel)
@@ -267,7 +267,8 @@ def probe(model: Latent) -> Literal["eps", "v"] | None:
     smooth = _correlation(out[..., 1:], out[..., :-1])
     if alike > 0.8:
         return "eps"
-    return "v" if abs(alike) < 0.4 and smooth > 0.5 else None
+    sized = 0.2 < float(out.std()) < 2
+    return "v" if abs(alike) < 0.4 and smooth > 0.5 and sized else None
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:
