@@ -30,6 +30,7 @@ from sfumato.images import PictureError, to_pil, with_settings
 from sfumato.networks.attention import attention_kernel
 from sfumato.systems import Drawing, Opened, open_system
 from sfumato.systems.asked import Asked
+from sfumato.systems.config import DTYPES
 from sfumato.systems.ddpm import DDPM
 from sfumato.systems.latent import Latent
 from sfumato.systems.stable_diffusion import config_of
@@ -49,7 +50,6 @@ from sfumato.training.trainer import default_device
 
 WEIGHTS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 TILES = ("auto", "always", "never")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _SOMETIMES = ("guidance_rescale", "guidance_interval", "edit", "hires", "opening", "tiled")  # stored where on
 _BATCH = 16  # pictures drawn together; each picture's noise is its own, so this changes nothing but memory
@@ -566,8 +566,13 @@ def _fitting_dtype(path: Path, device: torch.device) -> str:
         return "float32"
     if device.type != "cpu":
         return "float16"  # which every GPU computes with natively
-    native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # type: ignore[no-untyped-call,unused-ignore]
-    return "bfloat16" if native else "float32"
+    return "bfloat16" if native_bfloat16() else "float32"
+
+
+def native_bfloat16() -> bool:
+    """Whether the CPU computes with bfloat16 itself; where it is emulated float32 is faster."""
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call,unused-ignore]
+    return bool(available and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _no_such_model(wanted: str) -> str:

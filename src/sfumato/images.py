@@ -112,12 +112,12 @@ def from_pil(images: Sequence[Image.Image] | Image.Image, mode: str = "RGB") -> 
     if len(sizes) != 1:
         found = ", ".join(f"{w}x{h}" for w, h in sizes[:4]) or "none"
         raise UserError(f"expected one or more pictures, all of one size; found {found}")
-    arrays = [np.array(_as_mode(picture, mode), dtype=np.uint8) for picture in pictures]
+    arrays = [np.array(as_mode(picture, mode), dtype=np.uint8) for picture in pictures]
     stacked = torch.from_numpy(np.stack(arrays)).reshape(len(arrays), *arrays[0].shape[:2], -1)
     return stacked.permute(0, 3, 1, 2).contiguous().to(torch.float32) / 127.5 - 1
 
 
-def _as_mode(image: Image.Image, mode: str) -> Image.Image:
+def as_mode(image: Image.Image, mode: str) -> Image.Image:
     """Convert to "L", "RGB" or "RGBA"; what is transparent goes onto white unless `mode` keeps it."""
     if image.mode == mode:
         return image
@@ -161,7 +161,7 @@ def sheet(
     for name, value, least in (("columns", columns, 1), ("gap", gap, 0), ("scale", scale, 1)):
         if value < least:
             raise UserError(f"a contact sheet's {name} must be at least {least}; got {value}")
-    pictures = [_enlarged(_as_mode(picture, "RGB"), scale) for picture in pictures]
+    pictures = [_enlarged(as_mode(picture, "RGB"), scale) for picture in pictures]
     columns = min(columns, len(pictures))
     width, height = max(p.width for p in pictures), max(p.height for p in pictures)
     font = ImageFont.load_default(min(16, max(10, width // 10)))
@@ -406,7 +406,7 @@ def encode_picture(image: Image.Image, suffix: str, settings: Settings | None = 
         else:
             options["exif"] = _exif(described, text)
     if kind != "PNG" and image.mode not in ("RGB", "L"):
-        image = _as_mode(image, "RGBA" if kind == "WEBP" and image.has_transparency_data else "RGB")
+        image = as_mode(image, "RGBA" if kind == "WEBP" and image.has_transparency_data else "RGB")
     buffer = io.BytesIO()
     try:
         image.save(buffer, kind, **options)

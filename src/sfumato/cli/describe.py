@@ -114,15 +114,14 @@ def doctor() -> None:
     import torch
 
     from sfumato import __version__, models
+    from sfumato.api import native_bfloat16
     from sfumato.systems import open_system
     from sfumato.training.trainer import default_device
 
     print(f"sfumato {__version__}, Python {platform.python_version()}, {platform.platform()}")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, computes on {default_device()}")
-    capability = torch.backends.cpu.get_cpu_capability()
-    mkldnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call,unused-ignore]
-    bf16 = mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    print(f"CPU: {capability}; bfloat16 {'runs natively' if bf16 else 'is emulated, so float32 is faster'}")
+    bfloat16 = "runs natively" if native_bfloat16() else "is emulated, so float32 is faster"
+    print(f"CPU: {torch.backends.cpu.get_cpu_capability()}; bfloat16 {bfloat16}")
     if importlib.util.find_spec("torchvision") is not None:
         print("torchvision is installed: Sfumato does not need it, and a build that does not match torch breaks others")
     for package in ("accelerate", "pyarrow", "efficientnet-lite-pytorch"):

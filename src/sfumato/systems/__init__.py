@@ -132,9 +132,7 @@ def _own_config(path: Path) -> dict[str, Any] | None:
     """The config that a file of ours carries; None for any other file, sound or not."""
     try:
         return stored_config(path, read_header(path))
-    except ModelFileError:
-        return None
-    except OSError:
+    except (ModelFileError, OSError):
         return None
 
 

@@ -23,6 +23,9 @@ from sfumato.diffusion.parameterization import Parameterization, parameterizatio
 from sfumato.diffusion.solvers import Solver, find
 from sfumato.errors import UserError, nearest
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Types that weights are asked for in, by name."""
+
 
 class Strict(BaseModel):
     """A frozen config that refuses unknown keys and numbers that are not finite."""

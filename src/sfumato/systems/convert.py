@@ -27,6 +27,7 @@ from sfumato.errors import UserError, raise_unknown
 from sfumato.systems import Opened, open_system
 from sfumato.systems.clip import CLIP
 from sfumato.systems.codec import CodecSystem
+from sfumato.systems.config import DTYPES
 from sfumato.systems.exchange import save_folder
 from sfumato.systems.latent import Latent, LatentConfig
 from sfumato.systems.stable_diffusion import config_of, write_single_file
@@ -34,8 +35,6 @@ from sfumato.systems.stable_diffusion import config_of, write_single_file
 FOLDER, FILE = "diffusers", "single-file"
 LAYOUTS = (FOLDER, FILE)
 """What a model can be converted to."""
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-"""Types of the weights that can be asked for."""
 NO_PLACE = "the layout of single files has no place for it"
 REPLACED = "of the first stage, instead of which another one was given"
 

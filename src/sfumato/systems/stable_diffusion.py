@@ -24,6 +24,7 @@ from sfumato.checkpoints.formats import families
 from sfumato.checkpoints.formats.families import Family, Prediction
 from sfumato.checkpoints.formats.open_clip import CLIPTextConfig
 from sfumato.checkpoints.formats.single_file import SingleFile, Written, write
+from sfumato.checkpoints.io import component, take_over
 from sfumato.conditioners.clip_prompt import ClipPrompt
 from sfumato.conditioners.shown import Depth, LowResolution, Masked
 from sfumato.errors import UserError
@@ -212,13 +213,11 @@ def open_single_file(
 
 def _load(file: SingleFile, dtype: torch.dtype | None, parts: tuple[str, ...]) -> Latent:
     """The model of a file; with fewer than all parts the others stay on "meta"."""
-    from sfumato.checkpoints.io import take_over
-
     assert file.family is not None
     model = Latent.create(config_of(file.family), "meta")
     for name, network in model.networks().items():
         if NAMES[name] in parts:
-            own = {n.removeprefix(f"{name}."): t for n, t in named(NAMES[name], file.read(NAMES[name], dtype)).items()}
+            own = component(named(NAMES[name], file.read(NAMES[name], dtype)), name)
             take_over(network, _without_spare(network, own), what=str(file.path), dtype=dtype)
             network.eval()
     return model
@@ -231,8 +230,6 @@ def _without_spare(network: torch.nn.Module, tensors: Mapping[str, Tensor]) -> d
 
 
 def _load_codec(file: SingleFile, dtype: torch.dtype | None) -> CodecSystem:
-    from sfumato.checkpoints.io import take_over
-
     assert file.vae is not None
     stage = CodecSystem.create(codec_of(file.vae), "meta")
     assert stage.codec.network is not None

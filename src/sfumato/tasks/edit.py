@@ -245,11 +245,7 @@ def _padded(picture: Tensor, shape: Sequence[int], model: Drawing, scale: int) -
     """The picture with its border repeated to the right and below, as large as the latents' pixels."""
     factor = model.codec.factor if isinstance(model, Latent) else 1
     height, width = (side * factor // scale for side in shape[1:])
-    pads = (0, width - picture.shape[-1], 0, height - picture.shape[-2])
-    if not any(pads):
-        return picture
-    padded = F.pad(picture if picture.ndim == 4 else picture[None], pads, mode="replicate")
-    return padded if picture.ndim == 4 else padded[0]
+    return _stretched(picture, (height, width))
 
 
 def _encoded(model: Drawing, pictures: Tensor, noise: NoiseSource, tiled: bool) -> Tensor:
@@ -286,9 +282,11 @@ def _small(model: Drawing, picture: Tensor, source: Source, noise: NoiseSource) 
     return {name: [(one, source.noise_level) for one in _noised(picture, noise.draw(), level)]}
 
 
-def _stretched(plane: Tensor, size: Sequence[int]) -> Tensor:
-    """(H, W) with its border repeated to the right and below."""
-    return F.pad(plane[None, None], (0, size[1] - plane.shape[1], 0, size[0] - plane.shape[0]), mode="replicate")[0, 0]
+def _stretched(x: Tensor, size: Sequence[int]) -> Tensor:
+    """(…, H, W), with at most two dimensions before, with its border repeated to the right and below."""
+    pads = (0, size[1] - x.shape[-1], 0, size[0] - x.shape[-2])
+    whole = x[(None,) * (4 - x.ndim)]
+    return F.pad(whole, pads, mode="replicate").reshape(*x.shape[:-2], *size)
 
 
 def _cells(mask: Tensor, shape: Sequence[int], model: Drawing) -> Tensor:

@@ -25,7 +25,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.images import from_pil
+from sfumato.images import as_mode, from_pil
 from sfumato.tasks.edit import NOISE_LEVEL, STRENGTH, Source, extended
 
 Given = str | os.PathLike[str] | Image.Image
@@ -158,15 +158,7 @@ def _opened(given: Given, mode: str) -> Image.Image:
             raise UserError(f"{path} cannot be read as a picture") from None
     if image.mode == mode:
         return image.copy()
-    if mode == "L":
-        return image.convert("L")
-    return Image.fromarray(_bytes_of(image))
-
-
-def _bytes_of(image: Image.Image) -> Any:
-    """(H, W, 3) uint8, what is transparent on white."""
-    levels = (from_pil(image)[0] + 1) * 127.5
-    return levels.round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return image.convert("L") if mode == "L" else as_mode(image, mode)
 
 
 def _told(given: Given, mode: str = "RGB") -> dict[str, Any]:
@@ -217,6 +209,6 @@ def _boxed(size: tuple[int, int], box: Sequence[int]) -> Image.Image:
 def _outpainted(picture: Image.Image, sides: Sequence[int]) -> tuple[Image.Image, Image.Image]:
     if len(sides) != 4:
         raise UserError(f"outpainting takes left, top, right, bottom, got {tuple(sides)}")
-    larger, mask = extended(torch.from_numpy(_bytes_of(picture)).permute(2, 0, 1).float(), *sides)
+    larger, mask = extended(torch.from_numpy(np.array(picture)).permute(2, 0, 1).float(), *sides)
     image = Image.fromarray(larger.to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
     return image, Image.fromarray((mask * 255).to(torch.uint8).numpy())
