@@ -9,6 +9,7 @@ from sfumato.diffusion.parameterization import EPS, FLOW, X0, Parameterization, 
 from sfumato.diffusion.schedule import (
     FlowSchedule,
     Schedule,
+    SineSchedule,
     TableSchedule,
     VESchedule,
     cosine_alpha_bar,
@@ -33,6 +34,7 @@ SCHEDULES: dict[str, Schedule] = {
     "zero_linear, linear interpolation": TableSchedule(TABLES["zero_linear"], interpolation="linear"),
     "ve": VESchedule(),
     "flow": FlowSchedule(),
+    "sine": SineSchedule(),
     "flow, shift 3": FlowSchedule(shift=3.0),
 }
 

@@ -120,29 +120,31 @@ class Impulses:
 
 @cache
 def readers(schedule: str, learned: bool) -> dict[str, Denoiser]:
-    """Denoisers without a network, of every parameterization that the schedule allows: what reads a raw output."""
-    found = {}
-    for name, kind in PARAMETERIZATIONS.items():
-        try:
-            found[name] = Denoiser(torch.nn.Identity(), ALL_SCHEDULES[schedule], kind, learned_variance=learned)
-        except ValueError:
-            assert name == "eps" and float(ALL_SCHEDULES[schedule].level(ALL_SCHEDULES[schedule].t_range[1]).alpha) == 0
-    return found
+    """Denoisers without a network, of every parameterization: what reads a raw output."""
+    path = ALL_SCHEDULES[schedule]
+    return {
+        name: Denoiser(torch.nn.Identity(), path, kind, learned_variance=learned)
+        for name, kind in PARAMETERIZATIONS.items()
+    }
 
 
 def oracle(cell: Cell, read_by: Sequence[Denoiser], with_variance: bool) -> Any:
     """What the solver asks: the exact answer as raw outputs, each part's read back by its own denoiser."""
 
-    def answer(x_t: Tensor, level: NoiseLevel, previous_x0: Tensor | None) -> Prediction:
+    def output(reader: Denoiser, x: Tensor, level: NoiseLevel) -> Tensor:
+        """Of the exact network, at the level that it is asked at."""
         alpha, sigma = float(level.alpha), float(level.sigma)
         share = SIZES / (alpha**2 * SIZES + sigma**2)
         gain = share.sqrt() if cell.method == "lcm" else alpha * share
-        x0 = MEAN + gain * (x_t - alpha * MEAN)
-        eps = (x_t - alpha * x0) / sigma
-        parts = zip(read_by, *(t.chunk(len(read_by)) for t in (x_t, x0, eps)), strict=True)
-        read = [r.read(r.parameterization.target(clean, noise, level), x, level) for r, x, clean, noise in parts]
+        x0 = MEAN + gain * (x - alpha * MEAN)
+        return reader.parameterization.target(x0, (x - alpha * x0) / sigma, level)
+
+    def answer(x_t: Tensor, level: NoiseLevel, previous_x0: Tensor | None) -> Prediction:
+        parts = zip(read_by, x_t.chunk(len(read_by)), strict=True)
+        read = [r.read(output(r, x, r.asked(level)), x, level) for r, x in parts]
         fraction = torch.full_like(x_t, FRACTION) if with_variance else None
-        return Prediction(torch.cat([p.x0 for p in read]), torch.cat([p.eps for p in read]), x0, fraction)
+        x0, eps, out = (torch.cat([getattr(p, name) for p in read]) for name in ("x0", "eps", "out"))
+        return Prediction(x0, eps, out, fraction)
 
     return answer
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from sfumato.diffusion.denoiser import Denoiser
-from sfumato.diffusion.densities import CONTINUOUS_BINS, LossHistory, log_normal, logit_normal, uniform
+from sfumato.diffusion.densities import CONTINUOUS_BINS, LossHistory, log_normal, logit_normal, signal, uniform
 from sfumato.diffusion.objective import Objective
 from sfumato.diffusion.parameterization import V
 from sfumato.diffusion.schedule import FlowSchedule, TableSchedule, VESchedule, cosine_alpha_bar
@@ -77,7 +77,22 @@ def test_uniform_has_its_distribution(name: str) -> None:
     assert kstest(spread.numpy(), "uniform").pvalue > 1e-3
 
 
-@pytest.mark.parametrize("density", [uniform, logit_normal, log_normal])
+def test_amplitudes_lie_evenly_between_a_tables_neighbours() -> None:
+    """SR3's: every index as often, and within it every amplitude."""
+    schedule = SCHEDULES["linear"]
+    alphas = torch.cat([torch.ones(1).double(), schedule.alpha_bar.sqrt()])
+    level = signal(schedule, uniforms())
+    place = (alphas[:, None] - level.alpha).sign().clamp(min=0).sum(0).long()  # how many amplitudes are larger
+    inside = (alphas[place - 1] - level.alpha) / (alphas[place - 1] - alphas[place])
+    keep = (place > 1) & (place < len(alphas))
+    assert kstest(inside[keep].numpy(), "uniform").pvalue > 1e-3
+    assert kstest((place[keep].double() - 2 + inside[keep]).numpy() / (len(alphas) - 2), "uniform").pvalue > 1e-3
+    assert bool((level.t != level.t.round())[keep].any())
+    flow = SCHEDULES["flow"]
+    assert torch.equal(signal(flow, uniforms()).t, uniform(flow, uniforms()).t)
+
+
+@pytest.mark.parametrize("density", [uniform, signal, logit_normal, log_normal])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_densities_rise_with_noise_and_bear_both_ends(name: str, density: Any) -> None:
     u = torch.cat([torch.zeros(1), torch.linspace(0.001, 0.999, 200), torch.tensor([1 - 1e-16])]).double()

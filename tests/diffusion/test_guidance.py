@@ -13,7 +13,7 @@ from sfumato.diffusion.analytic import GaussianData
 from sfumato.diffusion.denoiser import TIME_1000, Denoiser, Prediction, edm_preconditioning
 from sfumato.diffusion.guidance import cfg_plus_plus, classifier_free, clip_x0, dynamic_threshold, unguided
 from sfumato.diffusion.level import CLEAN, NoiseLevel
-from sfumato.diffusion.parameterization import EPS, Parameterization, V
+from sfumato.diffusion.parameterization import Parameterization, V
 from sfumato.diffusion.sample import sample
 from sfumato.diffusion.solvers import Euler
 from sfumato.errors import UserError
@@ -378,9 +378,3 @@ def test_conditions_stack_slot_by_slot() -> None:
         assert found.tolist() == [[1, 1], [2, 2]]
     with pytest.raises(ValueError, match="same entries in 'adapters'"):
         a.stacked_on(Condition(vector=one, residuals=(one, one), adapters={"other": one}))
-
-
-def test_eps_is_refused_where_it_says_nothing() -> None:
-    for name in ("zero_linear", "flow"):
-        with pytest.raises(ValueError, match="use v, x0, flow or edm"):
-            Denoiser(TinyNet(), SCHEDULES[name], EPS)

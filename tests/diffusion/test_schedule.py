@@ -14,6 +14,7 @@ from sfumato.diffusion.level import CLEAN, NoiseLevel
 from sfumato.diffusion.schedule import (
     FlowSchedule,
     Schedule,
+    SineSchedule,
     TableSchedule,
     VESchedule,
     cosine_alpha_bar,
@@ -145,6 +146,9 @@ def test_levels_lie_on_their_path(schedule: Schedule, fraction: float) -> None:
     assert 0 <= alpha <= 1 and sigma > 0
     if isinstance(schedule, TableSchedule):
         assert abs(alpha**2 + sigma**2 - 1) < 1e-14
+    elif isinstance(schedule, SineSchedule):
+        assert abs(alpha**2 + sigma**2 - 1) < 1e-14
+        assert sigma == pytest.approx(math.sin(float(level.t) * math.pi / 2) ** 2, rel=1e-12)
     elif isinstance(schedule, FlowSchedule):
         assert alpha + sigma == pytest.approx(1, abs=1e-15)
     else:

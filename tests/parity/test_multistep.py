@@ -18,6 +18,7 @@ grids have tests of their own. Where diffusers cannot be met, the test says so u
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -62,6 +63,7 @@ from sfumato.diffusion.solvers.multistep import LMS, PLMS
 from sfumato.diffusion.solvers.unipc import UniPC
 from sfumato.errors import UserError
 from sfumato.random import NoiseSource
+from sfumato.systems.scheduler_config import from_diffusers
 
 from .test_solvers import BETAS, KINDS, SEEDS, SHAPE, Analytic, Network, TinyNet, difference, mixture, ours, start_both
 
@@ -332,6 +334,26 @@ def test_ipndm_loop(steps: int) -> None:
     denoiser = Denoiser(network, table("linear"), V)
     method = PLMS(start="euler")
     found = sample(unguided(denoiser), method, x, levels, denoiser.schedule, noise=noise)
+    assert difference(found, follow(reference, network, x)[-1]) <= 2e-5
+
+
+@each_count
+def test_ipndm_from_its_config(steps: int) -> None:
+    """Its own path, grid and start, as its config says them; the loop from the second level on, for in the first step
+    "No signal, no picture", and ours forgets the slope of pure noise.
+    """
+    reference = IPNDMScheduler()
+    reference.set_timesteps(steps)
+    reference.set_begin_index(1)
+    meaning = from_diffusers(json.loads(reference.to_json_string()))
+    assert meaning.sampling.grid is not None
+    schedule, network = meaning.schedule.build(), Circle()
+    shown = meaning.prediction.build_preconditioning(meaning.schedule)
+    denoiser = Denoiser(network, schedule, meaning.prediction.build_parameterization(), preconditioning=shown)
+    levels = meaning.sampling.grid.build(schedule, steps)
+    x, noise, _ = start_both()
+    assert levels[0].is_noise and meaning.sampling.start == "marginal" and reference.init_noise_sigma == 1
+    found = sample(unguided(denoiser), meaning.sampling.solver(), x, levels[1:], schedule, noise=noise)
     assert difference(found, follow(reference, network, x)[-1]) <= 2e-5
 
 

@@ -7,7 +7,9 @@ and both sides draw noise from one generator per picture.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +19,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, Heun
 from torch import Tensor, nn
 
 from sfumato.diffusion.analytic import MixtureData
-from sfumato.diffusion.denoiser import Denoiser
+from sfumato.diffusion.denoiser import Denoiser, Prediction
 from sfumato.diffusion.grid import leading, linspace, trailing
 from sfumato.diffusion.guidance import clip_x0, unguided
 from sfumato.diffusion.level import CLEAN, NoiseLevel
@@ -27,6 +29,7 @@ from sfumato.diffusion.sample import sample
 from sfumato.diffusion.schedule import TableSchedule, linear_alpha_bar, scaled_linear_alpha_bar
 from sfumato.diffusion.solvers import Ancestral, Euler, Heun, Solver
 from sfumato.random import NoiseSource
+from sfumato.systems.scheduler_config import from_diffusers
 
 Network = Callable[[Tensor, Tensor], Tensor]
 
@@ -217,6 +220,35 @@ def ours(
     denoise = unguided(Denoiser(network, network.schedule, network.kind))
     denoise = clip_x0(denoise, rederive_eps=False) if clip else denoise
     return sample(denoise, method, x, levels, network.schedule, noise=noise)
+
+
+@pytest.mark.parametrize("steps", [5, 10, 20, 50])
+def test_euler_with_eps_from_pure_noise(steps: int) -> None:
+    """"The last level's output": their config of an eps network on a table of zero terminal SNR asks it at T - 1, where
+    its output is `x_t`, so that their first step has x0 = 0 whatever the network knows; their DDIM divides by 0 there.
+    Ours asks at a ratio of 100, and is over ten times as near to a network of v, which determines x0 there. With their
+    x0 of the first step imposed the loops agree.
+    """
+    options = {**BETAS["scaled_linear"][1], "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    reference = EulerDiscreteScheduler(**options)
+    reference.set_timesteps(steps)
+    meaning = from_diffusers(json.loads(reference.to_json_string()))
+    assert meaning.sampling.grid is not None and meaning.prediction.parameterization == "eps"
+    schedule, method = meaning.schedule.build(), meaning.sampling.solver()
+    levels, network = meaning.sampling.grid.build(schedule, steps), Analytic(schedule, EPS)
+    denoiser, (x, noise, _) = Denoiser(network, schedule, EPS), start_both()
+
+    def with_theirs(x: Tensor, level: NoiseLevel, previous: Tensor | None) -> Prediction:
+        prediction = denoiser(x, level)
+        return replace(prediction, x0=torch.zeros_like(x)) if level.is_noise else prediction
+
+    found, imposed = (
+        sample(d, method, x, levels, schedule, noise=noise) for d in (unguided(denoiser), with_theirs)
+    )
+    theirs = walk_in_ratios(reference, network, x)
+    exact = ours(method, Analytic(schedule, V), levels, noise, x)
+    assert difference(imposed, theirs) <= 2e-5
+    assert 10 * difference(found, exact) < difference(theirs, exact)
 
 
 SPACINGS = {"leading": leading, "trailing": trailing, "linspace": linspace}

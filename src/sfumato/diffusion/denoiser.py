@@ -15,6 +15,7 @@ True
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -83,6 +84,9 @@ TIME_1000 = Preconditioning("time_1000", None, lambda level: 1000 * level.t)
 SIGNAL = Preconditioning("signal", None, lambda level: level.alpha)
 """SR3: the network is told the amplitude `alpha = sqrt(alpha_bar)` itself (Saharia 2021)."""
 
+ANGLE = Preconditioning("angle", None, lambda level: torch.atan2(level.sigma, level.alpha) * (2 / math.pi))
+"""The angle on the circle of `(alpha, sigma)`, in quarters: 0 is clean and 1 pure noise (IPNDM's networks)."""
+
 
 def edm_preconditioning(sigma_data: float = 0.5) -> Preconditioning:
     """EDM: unit-variance input and `c_noise = ln(nsr) / 4` (Karras 2022, table 1), for any (alpha, sigma) path."""
@@ -97,13 +101,37 @@ def edm_preconditioning(sigma_data: float = 0.5) -> Preconditioning:
 
 
 def preconditioning(name: str, *, sigma_data: float = 0.5) -> Preconditioning:
-    """The preconditioning of that name: time, time_1000, signal or edm. Unknown names raise `UserError`."""
-    known = {p.name: p for p in (TIME, TIME_1000, SIGNAL)}
+    """The preconditioning of that name: time, time_1000, signal, angle or edm. Unknown names raise `UserError`."""
+    known = {p.name: p for p in (TIME, TIME_1000, SIGNAL, ANGLE)}
     if name == "edm":
         return edm_preconditioning(sigma_data)
     if name not in known:
         raise_unknown("preconditioning", name, [*known, "edm"])
     return known[name]
+
+
+EPS_LIMIT = 100.0
+"""The noise-to-signal ratio up to which a network of eps is asked on a path that ends in pure noise.
+
+An error of eps is one of x0 that many times as large. 100 is of the size at which the usual tables end (15 and 157),
+and what it leaves out, at most a hundredth of the picture's amplitude, is too little to see. Learned toys sample the
+same from 10 to 300, whether x0 is kept in range or not; with 10 steps and x0 free, limits of 1,000 (a flow), 2,254 and
+15,406 (the neighbours of pure noise in tables) lose about half of the samples, and 10,000 (a flow) all.
+"""
+
+
+def _limit(schedule: Schedule, parameterization: Parameterization) -> NoiseLevel | None:
+    """The noisiest level of the schedule within `EPS_LIMIT`; None where every level's output determines x0."""
+    noisiest = schedule.level(schedule.t_range[1])
+    if not noisiest.is_noise or float(parameterization.determinant(noisiest)) != 0:
+        return None
+    nsr = torch.tensor(EPS_LIMIT, dtype=torch.float64)
+    return schedule.from_nsr(nsr) if schedule.steps is None else schedule.level(schedule.t_from_nsr(nsr).floor())
+
+
+def _noisier(a: NoiseLevel, b: NoiseLevel) -> Tensor:
+    """Where `a` has more noise for its signal than `b`, both of one path or broadcastable."""
+    return a.sigma * b.alpha > b.sigma * a.alpha
 
 
 class Denoiser(nn.Module):
@@ -119,8 +147,12 @@ class Denoiser(nn.Module):
             eq. 15).
         self_condition: its input is `concat[previous x0, x_t]` on channels (Chen 2022, "analog bits").
 
-    Raises:
-        ValueError: for eps-prediction on a schedule that is trained at alpha = 0.
+    Attributes:
+        limit: the noisiest level that the network is asked at, or None where it can be asked at all of them. At
+            alpha = 0 (zero terminal SNR, flows) an output of eps is `x_t` itself and says nothing of the picture. What
+            a step from there needs is the limit of `E[x0 | x_t]` as the signal vanishes, so the network is asked about
+            the same `x_t` at the noisiest level (of a table: whole index) whose noise-to-signal ratio is at most
+            `EPS_LIMIT`.
     """
 
     def __init__(
@@ -134,12 +166,7 @@ class Denoiser(nn.Module):
         self_condition: bool = False,
     ) -> None:
         super().__init__()
-        noisiest = schedule.level(schedule.t_range[1])
-        if float(noisiest.alpha) == 0 and float(parameterization.determinant(noisiest)) == 0:
-            raise ValueError(
-                f"'{parameterization.name}' prediction does not work with a schedule that reaches alpha = 0 "
-                "(zero terminal SNR or flow): there its output says nothing about the picture; use v, x0, flow or edm"
-            )
+        self.limit = _limit(schedule, parameterization)
         self.network, self.schedule, self.parameterization = network, schedule, parameterization
         self.preconditioning = preconditioning
         self.learned_variance, self.self_condition = learned_variance, self_condition
@@ -161,13 +188,14 @@ class Denoiser(nn.Module):
         """
         dtype = self._dtype(x_t)
         moved = None if condition is None else condition.to(x_t.device, dtype)
-        scale = self.preconditioning.scale
-        inputs = x_t if scale is None else expand(scale(level), x_t) * x_t
+        scale, asked = self.preconditioning.scale, self.asked(level)
+        inputs = x_t if scale is None else expand(scale(asked), x_t) * x_t
         if self.self_condition:
             inputs = torch.cat([torch.zeros_like(x_t) if previous_x0 is None else previous_x0, inputs], dim=1)
         if moved is not None and moved.concat is not None:
-            inputs = torch.cat([inputs, moved.concat.to(inputs.dtype)], dim=1)
-        time = self.preconditioning.time(level).to(x_t.device, torch.float32)
+            beside = moved.concat.to(inputs.dtype).expand(-1, -1, *x_t.shape[2:])
+            inputs = torch.cat([inputs, beside], dim=1)
+        time = self.preconditioning.time(asked).to(x_t.device, torch.float32)
         if time.ndim == 0:
             time = time.expand(x_t.shape[0])
         slots = {} if moved is None else moved.for_network()
@@ -180,8 +208,27 @@ class Denoiser(nn.Module):
 
     def read(self, out: Tensor, x_t: Tensor, level: NoiseLevel, var_frac: Tensor | None = None) -> Prediction:
         """Give a raw output (B, C, *S) its meaning: the `Prediction` with `x0` and `eps` solved for."""
-        x0, eps = self.parameterization.solve(out, x_t, level)
+        asked = self.asked(level)
+        x0, eps = self.parameterization.solve(out, x_t, asked)
+        if asked is not level:  # the noise that goes with this x0 in this x_t: at alpha = 0 all of x_t
+            own = expand(1 / level.sigma, x_t) * (x_t - expand(level.alpha, x_t) * x0)
+            eps = torch.where(expand(_noisier(level, asked).double(), x_t) > 0, own, eps)
         return Prediction(x0, eps, out, var_frac)
+
+    def asked(self, level: NoiseLevel) -> NoiseLevel:
+        """The level that the network is asked at: `level` itself, or `limit` where it is noisier than that.
+
+        An objective trains at these levels: the others' outputs are never read.
+        """
+        if self.limit is None:
+            return level
+        noisier = _noisier(level, self.limit)
+        if not bool(noisier.any()):
+            return level
+        if level.alpha.ndim == 0:
+            return self.limit
+        pairs = ((self.limit.t, level.t), (self.limit.alpha, level.alpha), (self.limit.sigma, level.sigma))
+        return NoiseLevel(*(torch.where(noisier, float(instead), own) for instead, own in pairs))
 
     def _dtype(self, x_t: Tensor) -> torch.dtype:
         parameter = next(self.network.parameters(), None)

@@ -32,6 +32,19 @@ def uniform(schedule: Schedule, u: Tensor) -> NoiseLevel:
     return schedule.level(schedule.t_from_uniform(u))
 
 
+def signal(schedule: Schedule, u: Tensor) -> NoiseLevel:
+    """Every amplitude in turn: a whole index of a table, then `alpha = sqrt(alpha_bar)` evenly between its cleaner
+    neighbour's and its own (Saharia 2021, SR3, section 2.3). On other schedules `uniform`, which is as continuous.
+    """
+    if not isinstance(schedule, TableSchedule):
+        return uniform(schedule, u)
+    alphas = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alpha_bar.sqrt()])
+    place = u.to(torch.float64) * len(schedule.alpha_bar)
+    index = place.floor().long().clamp(max=len(schedule.alpha_bar) - 1)
+    alpha = torch.lerp(alphas[index], alphas[index + 1], place - index)
+    return schedule.from_nsr((torch.sqrt(1 - alpha**2) / alpha).clamp(*schedule.nsr_range))
+
+
 def logit_normal(schedule: Schedule, u: Tensor, mean: float = 0.0, std: float = 1.0) -> NoiseLevel:
     """`logit(s) ~ N(mean, std²)` (Esser 2024, eq. 19), s the place in [0, 1] on the path, from clean to noisy.
 

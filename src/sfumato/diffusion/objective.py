@@ -30,7 +30,7 @@ from sfumato.condition import Condition
 from sfumato.diffusion import noising
 from sfumato.diffusion.assignment import assign
 from sfumato.diffusion.denoiser import Denoiser
-from sfumato.diffusion.densities import CONTINUOUS_BINS, LossHistory, log_normal, logit_normal, uniform
+from sfumato.diffusion.densities import CONTINUOUS_BINS, LossHistory, log_normal, logit_normal, signal, uniform
 from sfumato.diffusion.level import NoiseLevel
 from sfumato.diffusion.likelihood import bound_term
 from sfumato.diffusion.schedule import Schedule
@@ -38,7 +38,7 @@ from sfumato.errors import UserError, raise_unknown
 
 LOSSES = ("l2", "l1", "huber")
 WEIGHTINGS = ("uniform", "p2", "min_snr", "debiased")
-DENSITIES = ("uniform", "logit_normal", "log_normal")
+DENSITIES = ("uniform", "signal", "logit_normal", "log_normal")
 IMPORTANCES = ("none", "second_moment")
 
 _PLAIN_SNR = ("min_snr_gamma", math.inf)  # the one number that may be infinite
@@ -79,7 +79,8 @@ class Objective:
             every parameterization is weighted like a uniform loss on eps; or "debiased", `1 / sqrt(SNR)` on the squared
             error of eps, carried over likewise (Yu 2024).
         density: where levels are drawn: "uniform", the schedule's own (even over the times of a table or a flow, over
-            log nsr on an exploding path); "logit_normal" with `logit_mean` and `logit_std`, on t in [0, 1] (Esser
+            log nsr on an exploding path); "signal", the same with the amplitudes between a table's too (Saharia 2021, SR3);
+            "logit_normal" with `logit_mean` and `logit_std`, on t in [0, 1] (Esser
             2024); or "log_normal" with `log_nsr_mean` and `log_nsr_std`, of ln nsr (Karras 2022). See `densities`.
         importance: "second_moment" draws levels more often where losses are large, and weights them down by as much, so
             that the mean loss stays what it is (Nichol 2021); its state is a `LossHistory`, which remembers
@@ -108,7 +109,7 @@ class Objective:
     p2_gamma: float = 1.0
     p2_k: float = 1.0
     min_snr_gamma: float = 5.0
-    density: Literal["uniform", "logit_normal", "log_normal"] = "uniform"
+    density: Literal["uniform", "signal", "logit_normal", "log_normal"] = "uniform"
     logit_mean: float = 0.0
     logit_std: float = 1.0
     log_nsr_mean: float = -1.2
@@ -169,6 +170,8 @@ class Objective:
             return logit_normal(schedule, u, self.logit_mean, self.logit_std)
         if self.density == "log_normal":
             return log_normal(schedule, u, self.log_nsr_mean, self.log_nsr_std)
+        if self.density == "signal":
+            return signal(schedule, u)
         return uniform(schedule, u)
 
     def __call__(
@@ -228,13 +231,14 @@ class Objective:
         look_twice: bool = False,
         seen: Tensor | None = None,
     ) -> Loss:
-        """The loss at given levels (B,) and noise.
+        """The loss at given levels (B,) and noise, or rather those that the network is asked at (`Denoiser.asked`).
 
         Args:
             look_twice: feed the network its own first estimate.
             seen: the noise in what the network is shown, if it is another than `eps`, the target's.
         """
         self.check(denoiser)
+        level = denoiser.asked(level)
         x_t = level.noise(x0, eps if seen is None else seen)
         previous = None
         if look_twice:
@@ -256,8 +260,8 @@ class Objective:
 
         An error e of x0 is an error `D / sigma * e` of the output (D the parameterization's determinant), so a weight w
         on x0 is `w (sigma / D)^2` on the output: `min(SNR, gamma) / SNR` for eps, `/ (SNR + 1)` for v. "debiased" is
-        `w = sqrt(SNR)` on x0, which makes `alpha sigma / D^2` on the output. All of them are finite at pure noise,
-        where the last two are 0.
+        `w = sqrt(SNR)` on x0, which makes `alpha sigma / D^2` on the output. All of them are finite at every level that
+        the network is asked at (`Denoiser.asked`); at pure noise the last two are 0.
         """
         if self.weighting == "uniform":
             return torch.ones_like(level.alpha)

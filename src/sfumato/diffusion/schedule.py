@@ -1,7 +1,7 @@
 """Schedules: how signal and noise are mixed along the path, `t -> NoiseLevel`, and back from the noise-to-signal ratio.
 
-`TableSchedule` is the discrete one (DDPM and all its heirs) and keeps its table exactly; `FlowSchedule` and
-`VESchedule` are continuous. The functions `*_alpha_bar` make tables of `alpha_bar = alpha**2` in float64.
+`TableSchedule` is the discrete one (DDPM and all its heirs) and keeps its table exactly; `FlowSchedule`, `SineSchedule`
+and `VESchedule` are continuous. The functions `*_alpha_bar` make tables of `alpha_bar = alpha**2` in float64.
 
 >>> import torch
 >>> schedule = TableSchedule(linear_alpha_bar())
@@ -225,6 +225,34 @@ class FlowSchedule(_NSRPath):
 
     def _mix(self, nsr: Tensor) -> tuple[Tensor, Tensor]:
         return 1 / (1 + nsr), torch.where(torch.isinf(nsr), torch.ones_like(nsr), nsr / (1 + nsr))
+
+
+class SineSchedule(_NSRPath):
+    """The variance-preserving path `sigma = sin²(pi t / 2)`, `alpha = sqrt(1 - sigma²)`, `t` in [0, 1] (IPNDM's).
+
+    It ends in pure noise and begins to be noisy slowly; `t_range` starts where `sigma` is about 1/1000. Networks on it
+    are told the angle `atan(sigma / alpha)` (`Preconditioning` "angle").
+    """
+
+    def __init__(self) -> None:
+        self.t_range = (0.02, 1.0)
+        self.nsr_range = (float(self.level(0.02).nsr), math.inf)
+
+    def level(self, t: Times) -> NoiseLevel:
+        times = as_times(t)
+        if bool(((times < 0) | (times > 1)).any()):
+            raise ValueError(f"t must lie in [0, 1], got {times.tolist()}")
+        sigma = torch.sin(times * (math.pi / 2)) ** 2
+        alpha = torch.cos(times * (math.pi / 2)) * torch.sqrt(1 + sigma)  # of which cos² is 1 - sigma
+        return NoiseLevel(times, torch.where(times == 1, 0.0, alpha), sigma)
+
+    def t_from_nsr(self, nsr: Tensor) -> Tensor:
+        alpha, sigma = self._mix(as_times(nsr))
+        t: Tensor = torch.atan2(torch.sqrt(sigma), alpha / torch.sqrt(1 + sigma)) * (2 / math.pi)
+        return t.clamp(*self.t_range)
+
+    def _mix(self, nsr: Tensor) -> tuple[Tensor, Tensor]:
+        return _vp_mix(nsr)
 
 
 class VESchedule(_NSRPath):

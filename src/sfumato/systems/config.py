@@ -80,7 +80,7 @@ class ScheduleConfig(Strict):
     """A noise schedule.
 
     Attributes:
-        name: linear, scaled_linear, cosine, sigmoid, betas (tables), flow or ve (continuous).
+        name: linear, scaled_linear, cosine, sigmoid, betas (tables), flow, sine or ve (continuous).
         steps: length of a table.
         betas: the table itself, `steps` of them, where the name is "betas".
         start, end: first and last beta of linear and scaled_linear; None for the schedule's own defaults.
@@ -90,7 +90,7 @@ class ScheduleConfig(Strict):
         sigma_min, sigma_max: of the exploding schedule.
     """
 
-    name: Literal["linear", "scaled_linear", "cosine", "sigmoid", "betas", "flow", "ve"] = "linear"
+    name: Literal["linear", "scaled_linear", "cosine", "sigmoid", "betas", "flow", "sine", "ve"] = "linear"
     steps: int = Field(default=1000, ge=2, le=100_000)
     betas: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = None
     start: float | None = Field(default=None, gt=0, lt=1)
@@ -113,6 +113,8 @@ class ScheduleConfig(Strict):
         """The schedule itself."""
         if self.name == "flow":
             return schedules.FlowSchedule(self.shift)
+        if self.name == "sine":
+            return schedules.SineSchedule()
         if self.name == "ve":
             return schedules.VESchedule(self.sigma_min, self.sigma_max)
         return schedules.TableSchedule(self._table(), interpolation=self.interpolation)
@@ -141,14 +143,14 @@ class PredictionConfig(Strict):
     Attributes:
         parameterization: eps, x0, v, flow or edm.
         sigma_data: standard deviation of the data, for edm.
-        preconditioning: time, time_1000, signal or edm; "auto" takes what fits the schedule.
+        preconditioning: time, time_1000, signal, angle or edm; "auto" takes what fits the schedule.
         learned_variance: the network also outputs the variance.
         self_condition: the network also sees its previous estimate.
     """
 
     parameterization: Literal["eps", "x0", "v", "flow", "edm"] = "eps"
     sigma_data: float = Field(default=0.5, gt=0)
-    preconditioning: Literal["auto", "time", "time_1000", "signal", "edm"] = "auto"
+    preconditioning: Literal["auto", "time", "time_1000", "signal", "angle", "edm"] = "auto"
     learned_variance: bool = False
     self_condition: bool = False
 
@@ -156,7 +158,7 @@ class PredictionConfig(Strict):
         return parameterization(self.parameterization, sigma_data=self.sigma_data)
 
     def build_preconditioning(self, schedule: ScheduleConfig) -> Preconditioning:
-        fits = {"flow": "time_1000", "ve": "edm"}.get(schedule.name, "time")
+        fits = {"flow": "time_1000", "sine": "angle", "ve": "edm"}.get(schedule.name, "time")
         name = fits if self.preconditioning == "auto" else self.preconditioning
         return preconditioning(name, sigma_data=self.sigma_data)
 

@@ -238,8 +238,8 @@ def _scheduler(
 
 def _plain(own: Scheduler) -> Scheduler:
     """The same schedule and prediction with the sampler that diffusers surely has for them."""
-    if own.schedule.name in ("flow", "ve"):
-        classes = {"flow": "FlowMatchEulerDiscreteScheduler", "ve": "EDMEulerScheduler"}
+    if own.schedule.name in ("flow", "sine", "ve"):
+        classes = {"flow": "FlowMatchEulerDiscreteScheduler", "sine": "IPNDMScheduler", "ve": "EDMEulerScheduler"}
         sampling = from_diffusers({CLASS: classes[own.schedule.name]}).sampling
         return own.model_copy(update={"sampling": sampling})
     learned = own.prediction.learned_variance  # DDIM would not know what to do with it

@@ -46,7 +46,7 @@ class Kind:
     Attributes:
         fields: of its config, with their defaults.
         family: how it spaces its steps: "times" and "ratios" (whole and fractional times), "dpm" (one more, the last
-            dropped), "lcm", "flow", "edm".
+            dropped), "lcm", "flow", "edm", "sine".
         method: the solver and its options for given fields. back: the fields for a solver's name and options.
         samplers: the solvers that it is.
         rederives: whether eps follows an x0 that was kept in range.
@@ -197,6 +197,12 @@ def _sa_solver_back(name: str, options: dict[str, Any]) -> Fields:
     return {key: options[key] for key in _SA_SOLVER}
 
 
+def _ipndm(fields: Fields) -> Found:
+    if fields["trained_betas"] is not None:
+        raise UserError("IPNDM with trained_betas, which are levels for one number of steps, has no counterpart")
+    return "ipndm", {"denoise_last": False}
+
+
 def _lcm(fields: Fields) -> Found:
     return "lcm", {"scaling": float(fields["timestep_scaling"])}
 
@@ -290,6 +296,9 @@ KINDS: dict[str, Kind] = {
         | {"predictor_order": 2, "corrector_order": 2, "tau_func": None, "algorithm_type": "data_prediction"},
         "dpm", _sa_solver, _sa_solver_back, ("sa_solver",), repeats=True,
     ),
+    "IPNDMScheduler": Kind(
+        {"num_train_timesteps": 1000, "trained_betas": None}, "sine", _ipndm, lambda _, options: {}, ("ipndm",)
+    ),
     "LCMScheduler": Kind(_DISTILLED, "lcm", _lcm, _lcm_back, ("lcm",)),
     "TCDScheduler": Kind(_DISTILLED, "lcm", *_just("tcd"), rederives=False),
     "EDMEulerScheduler": Kind(_EDM, "edm", *_just("euler")),
@@ -307,9 +316,6 @@ KINDS: dict[str, Kind] = {
 """diffusers' classes that have a counterpart. Several differ from one another in a default only."""
 
 _SAME_CONFIG = {"DDPMParallelScheduler": "DDPMScheduler", "DDIMParallelScheduler": "DDIMScheduler"}
-_NONE = {
-    "IPNDMScheduler": "its path, sigma = sin²(pi u / 2), is no schedule here (the solver 'ipndm' works on any other)",
-}
 
 # fields that must have these values: anything else has no counterpart
 _MUST: Fields = {
@@ -350,8 +356,6 @@ def _read(values: Mapping[str, Any]) -> tuple[str, Kind, Fields]:
     """The class and all its fields, those left out by their defaults."""
     name = values.get("_class_name", "DDPMScheduler")
     name = _SAME_CONFIG.get(name, name) if isinstance(name, str) else name
-    if name in _NONE:
-        raise UserError(f"a {name} cannot be used: {_NONE[name]}")
     if name not in KINDS:
         raise UserError(f"the scheduler class {name!r} has no counterpart{nearest(str(name), KINDS)}")
     kind = KINDS[name]
@@ -384,6 +388,8 @@ def _fits(value: Any, default: Any) -> bool:
 def _schedule(kind: Kind, fields: Fields) -> Fields:
     if kind.family == "edm":
         return {"name": "ve", "sigma_min": fields["sigma_min"], "sigma_max": fields["sigma_max"]}
+    if kind.family == "sine":
+        return {"name": "sine"}
     if kind.family == "flow" or fields.get("use_flow_sigmas"):
         if fields["num_train_timesteps"] != 1000:
             raise UserError("a flow of other than 1000 num_train_timesteps has no counterpart")
@@ -404,6 +410,8 @@ def _prediction(kind: Kind, fields: Fields) -> Fields:
         if predicts != "epsilon":
             raise UserError(f"an EDM scheduler with prediction_type {predicts!r} has no counterpart")
         return {"parameterization": "edm", "sigma_data": fields["sigma_data"]}
+    if kind.family == "sine":
+        return {"parameterization": "v"}
     if predicts not in _PREDICTS:
         raise UserError(f"prediction_type {predicts!r} has no counterpart{nearest(predicts, _PREDICTS)}")
     variance = fields.get("variance_type") or ""
@@ -528,9 +536,14 @@ def _flow_grid(kind: Kind, fields: Fields) -> Fields:
     return plain if name is None else {"name": name, "options": {"clock": "sigma"}, "within": plain}
 
 
+def _sine_grid(kind: Kind, fields: Fields) -> Fields:
+    """Evenly from 1 to 0, of which the last is the clean end."""
+    return {"name": "sgm_uniform", "options": {"first_t": 1.0, "last_t": 0.0}}
+
+
 _GRIDS = {
     "times": _times_grid, "ratios": _ratios_grid, "dpm": _dpm_grid, "lcm": _lcm_grid, "edm": _edm_grid,
-    "flow": _flow_grid,
+    "flow": _flow_grid, "sine": _sine_grid,
 }  # fmt: skip
 
 
@@ -570,8 +583,9 @@ def _complete(make: Callable[..., Any], options: Mapping[str, Any]) -> dict[str,
 
 
 def _may_be(name: str, kind: Kind, scheduler: Scheduler) -> bool:
-    families = {"ve": ("edm",), "flow": ("flow", "dpm")}.get(scheduler.schedule.name, ("times", "ratios", "dpm", "lcm"))
-    return kind.family in families and _grid(scheduler).inverse == (name == "DDIMInverseScheduler")
+    families = {"ve": ("edm",), "flow": ("flow", "dpm"), "sine": ("sine",)}
+    possible = families.get(scheduler.schedule.name, ("times", "ratios", "dpm", "lcm"))
+    return kind.family in possible and _grid(scheduler).inverse == (name == "DDIMInverseScheduler")
 
 
 def _grid(scheduler: Scheduler) -> GridConfig:
@@ -588,7 +602,7 @@ def _fields_of(kind: Kind, scheduler: Scheduler) -> Fields:
         fields |= {"sigma_data": prediction.sigma_data}
     elif schedule.name == "flow":
         fields |= {"use_flow_sigmas": True}
-    else:
+    elif schedule.name != "sine":
         fields |= _fields_of_table(schedule)
     predicts = {ours: theirs for theirs, ours in _PREDICTS.items()} | {"edm": "epsilon"}
     fields |= {"prediction_type": predicts[prediction.parameterization]}
