@@ -2,9 +2,10 @@
 
 The lines of one document run in order in one folder of its own, which holds `pictures/` (1.png, 2.png …), `classes/`
 (the same in two class sub-folders), `captioned/` (with `metadata.jsonl`), `data.parquet` (with the columns group, text
-and split), files of Stable Diffusion made small, and `photo.png` with a mask and a map of depths. They run as printed
-but for their size: a `train` or `check` line gets the settings `QUICK` appended, and a `generate` or `edit` line
-`--steps 2`, which overrule their own. Shell lines may continue with a backslash, begin with `$` or with variables, end
+and split), files of Stable Diffusion made small, `photo.png` with a mask and a map of depths, and two layouts,
+`boxes.json` and `places.json`. They run as printed but for their size: a `train` or `check` line gets the settings
+`QUICK` appended, a `generate` or `edit` line `--steps 2`, and a line that makes shapes `--count 100`, which overrule
+their own. Shell lines may continue with a backslash, begin with `$` or with variables, end
 in a comment, and send what they print `> into.file`. Lines of other programs (make, pip, git, accelerate …) are not
 run.
 
@@ -15,6 +16,7 @@ A document that needs a model of the box is skipped in an installation without w
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -69,6 +71,10 @@ def quick(words: list[str]) -> list[str]:
         return [*words, *QUICK]
     if words[1] in ("generate", "edit"):
         return [*words, "--steps", "2"]
+    if words[1] == "bench":
+        return [*words, "--dtype", "float32", "--kernel", "sdpa", "--repeat", "1"]
+    if words[1:4] == ["data", "prepare", "shapes"]:
+        return [*words, "--count", "100"]
     return words
 
 
@@ -117,6 +123,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stable_diffusion: Pat
         tiny.picture(number, size=32).save(tmp_path / f"pictures/{number}.png")
     tiny.write_captioned(tmp_path / "captioned", count=24, size=32)
     shutil.copyfile(tiny.PARQUET, tmp_path / "data.parquet")
+    for file, labels in (("boxes", ("red circle", "blue square")), ("places", ("circle", "square"))):
+        boxes = [{"label": label, "box": [0.5 * i, 0.5 * i, 0.4, 0.4]} for i, label in enumerate(labels)]
+        (tmp_path / f"{file}.json").write_text(json.dumps(boxes), encoding="utf-8")
     for file in stable_diffusion.iterdir():
         shutil.copyfile(file, tmp_path / file.name)
     monkeypatch.chdir(tmp_path)

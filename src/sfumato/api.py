@@ -20,14 +20,18 @@ import torch
 from PIL import Image
 
 from sfumato import __version__, models
+from sfumato.backends import registry
+from sfumato.backends.attention import chosen, using
+from sfumato.backends.fast import FastSettings, level
 from sfumato.checkpoints.formats.families import Prediction, family_named
 from sfumato.codecs.preview import LatentPreview
+from sfumato.conditioners.semantic import ClassMap
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.hooks import Hook, keep
 from sfumato.diffusion.solvers import Solver, find
 from sfumato.errors import ModelFileError, UserError, nearest, raise_unknown
 from sfumato.images import PictureError, to_pil, with_settings
-from sfumato.networks.attention import attention_kernel
+from sfumato.networks.attention import KERNELS, Kernel, attention_kernel, sdpa
 from sfumato.systems import Drawing, Opened, open_system
 from sfumato.systems.asked import Asked
 from sfumato.systems.config import DTYPES
@@ -41,17 +45,21 @@ from sfumato.tasks.draw import (
     choose_solver,
     choose_steps,
     draw,
+    guided_less,
     ignores_learned_variance,
+    planned,
 )
-from sfumato.tasks.edit import Source, composited, edit, enlarged, gone, scale_of
-from sfumato.tasks.original import Given, Original
+from sfumato.tasks.edit import Source, composited, edit, enlarged, gone, last_levels, scale_of
+from sfumato.tasks.fast import fitted
+from sfumato.tasks.original import Given, Original, layout_given, map_restored
 from sfumato.training import state
 from sfumato.training.trainer import default_device
 
 WEIGHTS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 TILES = ("auto", "always", "never")
 
-_SOMETIMES = ("guidance_rescale", "guidance_interval", "edit", "hires", "opening", "tiled")  # stored where on
+# stored where on
+_SOMETIMES = ("guidance_rescale", "guidance_interval", "edit", "hires", "opening", "tiled", "fast", "backend")
 _BATCH = 16  # pictures drawn together; each picture's noise is its own, so this changes nothing but memory
 _BATCH_PIXELS = 2**20  # … and at most so many pixels, but always one picture
 _LARGE = 2**28  # bytes of weights from which a model computes in bfloat16 where the machine does so natively
@@ -68,10 +76,20 @@ class Model:
         notes: what a user should know of how it was opened, each in one sentence.
         opening: the options of opening that change what it draws; stored with every picture.
         tiles: whether the codec works in tiles: auto (where memory is short), always, never.
+        kernel: of attention, by name; auto for the fastest here, by a short measurement.
+        backend: who computes the networks: torch, compile or openvino.
     """
 
     def __init__(
-        self, opened: Opened, name: str, *, device: str = "auto", dtype: str = "auto", tiles: str = "auto"
+        self,
+        opened: Opened,
+        name: str,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        tiles: str = "auto",
+        kernel: str = "auto",
+        backend: str = "auto",
     ) -> None:
         if not isinstance(opened.system, DDPM | Latent):
             raise UserError(f"{name} holds a {opened.system.kind} model, which draws nothing by itself")
@@ -84,8 +102,14 @@ class Model:
         if tiles not in TILES:
             raise_unknown("choice of tiles", tiles, TILES)
         self.tiles = tiles
-        for network in self.system.networks().values():
-            network.to(self.device, DTYPES[self.dtype]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if kernel != "auto" and kernel not in KERNELS:
+            raise_unknown("attention kernel", kernel, ["auto", *KERNELS])
+        self.kernel = kernel
+        self.backend, networks = registry.chosen(backend), self.system.networks()
+        for network in networks.values():
+            network.to(self.device, DTYPES[self.dtype])
+            network.to(memory_format=registry.BACKENDS[self.backend].memory_format)  # type: ignore[call-overload]
+        registry.engage(self.backend, networks, self.device, DTYPES[self.dtype])
 
     @property
     def denoiser(self) -> Denoiser:
@@ -121,6 +145,9 @@ class Model:
         towards_seed: int | None = None,
         hires: float | None = None,
         hires_strength: float = 0.5,
+        layout: str | Path | Sequence[Any] | None = None,
+        map: Given | None = None,
+        fast: int | FastSettings | None = None,
         on_step: Hook = keep,
         on_plan: Callable[[int], None] | None = None,
     ) -> list[Image.Image]:
@@ -136,7 +163,7 @@ class Model:
             guidance_interval: noise-to-signal ratios (low, high) within which guidance acts; None for all.
             label: a class of a class-conditional model, or several, which the pictures take in turn; "all" is every
                 class in turn; None leaves the class open.
-            width, height: in pixels; None for the model's own. A pixel-space model draws its own size only.
+            width, height: in pixels; None for the map's, else the model's own. Pixel-space models draw that only.
             dialect: how brackets and weights in prompts are read (a1111, comfy, compel, plain), for CLIP text towers.
             clip_skip: how many of the text tower's last layers are left out (0: none), of both prompts.
             variation: a second seed, towards whose noise each picture's own is turned by `variation_strength` in
@@ -144,6 +171,10 @@ class Model:
             towards, towards_seed: a second prompt, a second seed: the `count` pictures lead from the first to it in
                 equal steps, all with the one seed `seed`.
             hires: draw, enlarge by this factor, and draw over it once more with `hires_strength` in (0, 1].
+            layout: boxes `{"label": …, "box": [x, y, width, height]}` in fractions of the picture, or their JSON file.
+            map: a class for every pixel, a PNG with a palette or of grey values, for models that read maps.
+            fast: lossy savings: a level (`backends.fast.LEVELS`) or the savings themselves; None for the exact picture.
+                A level's interval of guidance gives way to `guidance_interval`.
             on_step: hook of the sampling loop, `(x, level, prediction, noise) -> x`, called for each batch.
             on_plan: told once, before the first step, how many steps there will be in all.
 
@@ -154,7 +185,9 @@ class Model:
             UserError: for anything the model cannot do, in one sentence.
         """
         texts, names = self._texts(prompt, count), self._named(label)
-        words: dict[str, Any] = {"dialect": dialect, "clip_skip": clip_skip}
+        words: dict[str, Any] = {"dialect": dialect, "clip_skip": clip_skip} | _places(layout, map)
+        if map is not None:
+            width, height = width or words["map"].size[0], height or words["map"].size[1]
         if variation is not None:
             words |= {"variation": variation, "strength": variation_strength}
         asked = [Asked(text, negative, names[i % len(names)], **words) for i, text in enumerate(texts)]
@@ -164,8 +197,8 @@ class Model:
         self._refuse_what_does_not_apply(asked[0], width, height)
         how = Guidance(guidance, guidance_rescale, guidance_interval)
         settings = self._settings(steps, sampler, schedule, how, asked[0], width, height)
-        if hires is not None:
-            settings |= _second_pass(self.system, hires, hires_strength, settings["width"], settings["height"])
+        settings |= _second_pass(self.system, hires, hires_strength, settings, words.get("map"))
+        settings |= self._savings(fast, settings, sampler)
         return self._all(asked, names, seed, settings, sampler, on_step, on_plan, same=way)
 
     def edit(
@@ -192,6 +225,7 @@ class Model:
         label: str | Sequence[str] | None = None,
         dialect: str | None = None,
         clip_skip: int | None = None,
+        fast: int | FastSettings | None = None,
         on_step: Hook = keep,
         on_plan: Callable[[int], None] | None = None,
     ) -> list[Image.Image]:
@@ -203,7 +237,7 @@ class Model:
                 the left, top, right and bottom. None: the whole picture. Pixels outside stay as they are, bit for bit.
             depth: the picture's inverse depth, near is bright, for models that follow it.
             strength: how far the picture is forgotten, in (0, 1]; None for 0.8, or 1 within a mask.
-            noise_level: of the small picture, for models that enlarge; None for 20.
+            noise_level: of the small picture, for models that enlarge; None for 20, or as noisy as it was trained with.
             upscale: enlarge the picture first, so that the model draws over it at the larger size.
 
         The rest is as in `generate`; `steps` are those of the whole way, of which `strength` takes its part. Settings
@@ -230,6 +264,7 @@ class Model:
         self._refuse_what_does_not_apply(asked[0], width, height)
         settings = self._settings(steps, sampler, schedule, how, asked[0], width, height)
         settings |= {"edit": original.stored()}
+        settings |= self._savings(fast, settings, sampler)
         return self._all(asked, names, seed, settings, sampler, on_step, on_plan, original=original)
 
     def _all(
@@ -300,19 +335,21 @@ class Model:
         """The picture that stored settings describe, drawn in the same batch as then.
 
         Args:
-            pictures: where "picture", "mask" and "depth" of an edit are now, if not where they were.
+            pictures: where "picture", "mask" and "depth" of an edit and a "map" are now, if not where they were.
 
         Raises:
             UserError: settings that are incomplete or do not fit this model.
         """
         known = ("steps", "sampler", "schedule", "guidance", "width", "height", "dtype")
+        classes = map_restored(settings["map"], (pictures or {}).get("map")) if "map" in settings else None
         try:
             batch = settings["batch"]
             first, index, same = int(batch["seed"]), int(batch["index"]), bool(batch.get("same_seed", False))
             said = batch["asked"] if "asked" in batch else [{"label": label} for label in batch["labels"]]
-            asked = [Asked.restored(values) for values in said]
+            asked = [Asked.restored(values | ({"map": classes} if "map" in values else {})) for values in said]
             chosen = {"model": self.name, "model_hash": self.sha256} | {key: settings[key] for key in known}
             chosen |= {key: settings[key] for key in _SOMETIMES if key in settings}
+            FastSettings.restored(chosen.get("fast", {}))
         except (KeyError, TypeError, ValueError):
             raise UserError("the settings are incomplete, so the picture cannot be drawn again") from None
         if not 0 <= index < len(asked) <= _BATCH or not 0 <= first < 2**63 - _BATCH:
@@ -345,16 +382,26 @@ class Model:
             "guidance": Guidance(
                 settings["guidance"], settings.get("guidance_rescale", 0.0), tuple(interval) if interval else None
             ),
+            "fast": FastSettings.restored(settings["fast"]) if "fast" in settings else None,
             "tiled": settings.get("tiled", False),
             "on_step": on_step,
         }
-        pictures = self._edited(original, how) if original is not None else self._drawn(settings, how)
+        with using(self._kernel()):
+            pictures = self._edited(original, how) if original is not None else self._drawn(settings, how)
+            made = environment(self.device) | registry.made_with(self.backend)
         together = {"seed": first, "asked": [one.stored() for one in asked]} | ({"same_seed": True} if same else {})
-        shared = settings | {"made_with": environment(self.device)}
+        shared = settings | {"made_with": made}
         return [
             with_settings(picture, shared | one.stored() | {"seed": seed, "batch": together | {"index": i}})
             for i, (seed, one, picture) in enumerate(zip(seeds, asked, pictures, strict=True))
         ]
+
+    def _kernel(self) -> Kernel:
+        """The attention kernel that is asked for; else one that was set by hand, else the fastest here."""
+        if self.kernel != "auto":
+            return KERNELS[self.kernel]
+        own = attention_kernel()
+        return own if own is not sdpa else KERNELS[chosen(DTYPES[self.dtype], self.device)]
 
     def _drawn(self, settings: Mapping[str, Any], how: dict[str, Any]) -> list[Image.Image]:
         """New pictures, with a second pass at a larger size where that was asked."""
@@ -420,11 +467,39 @@ class Model:
         }
         if self.opening:
             settings["opening"] = self.opening
+        if self.backend != "torch":
+            settings["backend"] = self.backend
         if guidance.rescale:
             settings["guidance_rescale"] = guidance.rescale
         if guidance.interval is not None:
             settings["guidance_interval"] = list(guidance.interval)
         return settings
+
+    def _savings(
+        self, fast: int | FastSettings | None, settings: Mapping[str, Any], sampler: Any
+    ) -> dict[str, Any]:
+        """The setting `fast`, checked against the others; what of a level does nothing here is left out and told."""
+        if fast is None:
+            return {}
+        wanted = fast if isinstance(fast, FastSettings) else level(fast)
+        interval = settings.get("guidance_interval")
+        if interval is not None:
+            if isinstance(fast, FastSettings):
+                guided_less(Guidance(interval=tuple(interval)), wanted)
+            wanted = replace(wanted, interval=None)
+        chosen = settings["sampler"] if sampler is None else sampler
+        method, levels = planned(self.system, chosen, settings["schedule"], settings["steps"])
+        if "edit" in settings:
+            levels = last_levels(levels, method, float(settings["edit"]["strength"]))
+        told = None if isinstance(fast, FastSettings) else f"level {fast} of savings"
+        found, notes = fitted(self.system, wanted, method, levels, guided=settings["guidance"] != 1, told=told)
+        if found.changes_network and self.backend != "torch":
+            raise UserError(
+                f"savings within the network (kept features, merged tokens) need backend torch, not {self.backend}"
+            )
+        for note in notes:
+            LOG.warning(note)
+        return {"fast": ({} if isinstance(fast, FastSettings) else {"level": fast}) | found.stored()}
 
     def _refuse_what_does_not_apply(self, asked: Asked, width: int | None, height: int | None) -> None:
         known = f"; its labels are: {', '.join(self.labels)}" if self.labels else ""
@@ -435,12 +510,21 @@ class Model:
                 raise UserError(f"model {self.name} does not read text, so it takes no negative prompt{known}")
         if asked.label is not None and "label" not in self.system.reads:
             raise UserError("this model has no class labels; leave --label out")
+        for what, said in (("layout", asked.layout), ("map", asked.map)):
+            if said is not None and what not in self.system.reads:
+                raise UserError(f"model {self.name} takes no {what}; leave --{what} out")
         own = self.system.config.size
         for what, size in (("width", width), ("height", height)):
             if size is not None and size != own and isinstance(self.system, DDPM):
                 raise UserError(f"model {self.name} draws {own} x {own} pixels; {what} {size} cannot be had")
             if size is not None and not 8 <= size <= 4096:
                 raise UserError(f"{what} must be 8 to 4096 pixels, got {size}")
+
+
+def _places(layout: str | Path | Sequence[Any] | None, classes: Given | None) -> dict[str, Any]:
+    """What is said of places, opened: a layout, a map, both or neither."""
+    boxes = {} if layout is None else {"layout": layout_given(layout)}
+    return boxes | ({} if classes is None else {"map": ClassMap.of(classes)})
 
 
 def _on_the_way(
@@ -457,8 +541,18 @@ def _on_the_way(
     return [replace(one, **a, **b) for one, a, b in zip(asked, words, seeds, strict=True)]  # type: ignore[arg-type]
 
 
-def _second_pass(system: Drawing, scale: float, strength: float, width: int, height: int) -> dict[str, Any]:
-    """The settings of a second pass at a larger size: what the first one draws, and the size of the result."""
+def _second_pass(
+    system: Drawing, scale: float | None, strength: float, settings: Mapping[str, Any], classes: ClassMap | None
+) -> dict[str, Any]:
+    """The settings of a second pass at a larger size, none where none is asked: what the first one draws, and the size
+    of the result. A map must be of the picture's size, and cannot be followed at another."""
+    width, height = settings["width"], settings["height"]
+    if classes is not None and classes.size != (width, height):
+        raise UserError(f"the map is {classes.size[0]} x {classes.size[1]} pixels, the picture {width} x {height}")
+    if scale is None:
+        return {}
+    if classes is not None:
+        raise UserError("a second pass at a larger size cannot follow a map; leave one of them out")
     if not isinstance(system, Latent) or scale_of(system) != 1:
         raise UserError("a second pass needs a latent model that draws any size")
     if not 1 < scale <= 8:
@@ -510,6 +604,8 @@ def load(
     averaged: bool = False,
     allow_pickle: bool = False,
     tiles: str = "auto",
+    kernel: str = "auto",
+    backend: str = "auto",
 ) -> Model:
     """Open a model: a name from the box, a model file, a run, a checkpoint, a single file or a folder of Stable
     Diffusion.
@@ -524,6 +620,8 @@ def load(
         averaged: read the running average of the weights (EMA) that some single files keep apart.
         allow_pickle: open `.ckpt` and `.bin`, by a reader that builds tensors and runs nothing.
         tiles: whether large pictures go through the codec in tiles: auto (where memory is short), always, never.
+        kernel: of attention: auto (the fastest here, by a short measurement), sdpa, blocks, adaptive or math.
+        backend: who computes the networks: auto (torch), torch, compile (torch.compile) or openvino (on the CPU).
 
     Raises:
         UserError: in one sentence, when it cannot be opened.
@@ -539,13 +637,16 @@ def load(
             raise UserError(_no_such_model(wanted))
         found, name = weights_of(path), path.resolve().name.removesuffix(".safetensors")
     kind = _fitting_dtype(found, choose_device(device)) if dtype == "auto" else dtype
+    registry.check(backend, choose_device(device), DTYPES[kind])
     opened = open_system(
         found, allow_pickle=allow_pickle, prediction=prediction, averaged=averaged, vae=vae, dtype=DTYPES[kind]
     )
-    return Model(opened, name, device=device, dtype=kind, tiles=tiles)
+    return Model(opened, name, device=device, dtype=kind, tiles=tiles, kernel=kernel, backend=backend)
 
 
-def random_model(family: str, *, device: str = "auto", dtype: str = "float32") -> Model:
+def random_model(
+    family: str, *, device: str = "auto", dtype: str = "float32", backend: str = "auto"
+) -> Model:
     """A model of a published layout with random weights: for measuring, not for drawing.
 
     Args:
@@ -556,7 +657,7 @@ def random_model(family: str, *, device: str = "auto", dtype: str = "float32") -
         system = Latent.create(config_of(family_named(family)))
     for network in system.networks().values():
         network.eval()
-    return Model(Opened(system, Path(), ""), f"random {family}", device=device, dtype=dtype)
+    return Model(Opened(system, Path(), ""), f"random {family}", device=device, dtype=dtype, backend=backend)
 
 
 def _fitting_dtype(path: Path, device: torch.device) -> str:

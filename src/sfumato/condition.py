@@ -33,7 +33,8 @@ class Condition:
         guidance: (B,), the guidance weight that distilled models are told.
         context: (B, L, C), attended to (text tokens, layout tokens).
         context_mask: (B, L) bool, True where `context` is real.
-        concat: (B, C', *S), concatenated to `x_t` on channels by the denoiser (low-resolution image, mask …).
+        concat: (B, C', *S), concatenated to `x_t` on channels by the denoiser (low-resolution image, mask …); planes of
+            1 x 1 are constant and take the size of what they are joined with.
         residuals: tensors added to the network's skip features (ControlNet, T2I-Adapter).
         adapters: tensors forwarded to the attention processors by keyword (IP-Adapter tokens).
     """
@@ -115,9 +116,17 @@ class Condition:
 
 def _join(first: Any, second: Any, name: str) -> Any:
     if isinstance(first, Tensor):
+        if name == "concat":
+            first, second = _alike(first, second), _alike(second, first)
         return torch.cat([first, second])
     if isinstance(first, tuple):
         return tuple(torch.cat([a, b]) for a, b in zip(first, second, strict=True))
     if set(first) != set(second):
         raise ValueError(f"the condition and its null must carry the same entries in '{name}'")
     return {key: torch.cat([first[key], second[key]]) for key in first}
+
+
+def _alike(plane: Tensor, other: Tensor) -> Tensor:
+    """A constant plane (B, C, 1, 1) at the size of another one; every other plane as it is."""
+    constant = all(side == 1 for side in plane.shape[2:])
+    return plane.expand(*plane.shape[:2], *other.shape[2:]) if constant else plane

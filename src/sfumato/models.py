@@ -15,6 +15,9 @@ _FOLDER = Path(__file__).parent / "box"
 BEST = "emoji"
 """What is used when no model is named."""
 
+ENLARGES, BY = "emoji-upscale", 2
+"""What is used instead where a picture is only to be made larger by so much."""
+
 
 def names() -> list[str]:
     """Names of the models that come with the package; none in an installation without weights."""
@@ -24,8 +27,8 @@ def names() -> list[str]:
 
 
 def drawing() -> list[str]:
-    """Names of those that draw pictures: no judges."""
-    return [name for name in names() if name != "clip-emoji"]
+    """Names of those that draw new pictures: no judges, and none that enlarges."""
+    return [name for name in names() if name not in ("clip-emoji", ENLARGES)]
 
 
 def weights(name: str) -> Path:

@@ -25,6 +25,7 @@ from sfumato.api import Model, load
 from sfumato.checkpoints import hashes
 from sfumato.errors import UserError
 from sfumato.images import read_settings
+from sfumato.networks.attention import KERNELS
 from sfumato.tasks.original import Given
 
 
@@ -50,7 +51,7 @@ def replay(
         path: a PNG, JPEG or WebP written by Sfumato.
         model: where its model is, if it is neither in the box nor where it was last seen.
         vae: where the other first stage is, if it had one and that is not where it was.
-        pictures: of an edit, where "picture" (the original), "mask" and "depth" are now.
+        pictures: of an edit, where "picture" (the original), "mask" and "depth" are now; or the "map" it was drawn by.
         allow_pickle: whether the model may be a `.ckpt`.
 
     Raises:
@@ -108,7 +109,11 @@ def _model_of(
         raise UserError(
             f"the model of {path}, {settings['model']} ({wanted[:10]}), is not here; name it with --model PATH"
         )
-    opened = load(found, device=device, dtype=dtype, vae=stage, allow_pickle=allow_pickle, **opening)
+    kernel = made.get("kernel") if made.get("kernel") in KERNELS else "auto"
+    opened = load(
+        found, device=device, dtype=dtype, vae=stage, allow_pickle=allow_pickle, kernel=kernel,
+        backend=str(settings.get("backend", "torch")), **opening,
+    )  # fmt: skip
     if opened.sha256 != wanted:
         raise UserError(f"{path} was drawn by model {wanted[:10]}, but {found} is {opened.sha256[:10]}")
     told = settings.get("opening", {}).get("vae")

@@ -213,20 +213,14 @@ class GaussianDiffusion(nn.Module):
     def denoiser(self) -> Denoiser:
         """The network with its schedule and parameterization: what the library's other samplers and guidance take."""
         fourier = bool(getattr(self.model, "random_or_learned_sinusoidal_cond", False))
-        try:
-            return Denoiser(
-                _ThreeArguments(self.model, self.self_condition),
-                self.schedule,
-                OBJECTIVES[self.objective],
-                preconditioning=LOG_SNR if fourier else TIME,
-                learned_variance=self.learned_variance,
-                self_condition=self.self_condition,
-            )
-        except ValueError:
-            raise UserError(
-                f"the last of these {self.num_timesteps} timesteps is pure noise, of which objective='pred_noise' says "
-                "nothing; use pred_v or pred_x0, or more timesteps"
-            ) from None
+        return Denoiser(
+            _ThreeArguments(self.model, self.self_condition),
+            self.schedule,
+            OBJECTIVES[self.objective],
+            preconditioning=LOG_SNR if fourier else TIME,
+            learned_variance=self.learned_variance,
+            self_condition=self.self_condition,
+        )
 
     def _denoise(self) -> DenoiseFn:
         keeps_noise = self.objective == "pred_noise" and self.edition == "2022"

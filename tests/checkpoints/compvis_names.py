@@ -26,7 +26,7 @@ def unet(
     mc: int,
     mult: Sequence[int],
     attention: Sequence[int],
-    context: int,
+    context: int | None,
     in_channels: int = 4,
     out_channels: int = 4,
     res_blocks: int = 2,
@@ -35,21 +35,30 @@ def unet(
     classes: int | None = None,
     adm: int | None = None,
     only_cross: Sequence[bool] | None = None,
+    updown: bool = False,
+    scale_shift: bool = False,
 ) -> Shapes:
-    """openaimodel.UNetModel's state dict; `attention` lists factors of shrinking, `only_cross` is by level."""
+    """openaimodel.UNetModel's state dict; `attention` lists factors of shrinking, `only_cross` is by level.
+
+    Without a context attentions are over pixels alone; `updown` resamples by residual blocks.
+    """
     emb, shapes = 4 * mc, Shapes()
     only_cross = only_cross or [False] * len(mult)
 
     def res(name: str, a: int, b: int) -> None:
         shapes.update(affine(f"{name}.in_layers.0", a))
         shapes.update(affine(f"{name}.in_layers.2", b, a, 3, 3))
-        shapes.update(affine(f"{name}.emb_layers.1", b, emb))
+        shapes.update(affine(f"{name}.emb_layers.1", 2 * b if scale_shift else b, emb))
         shapes.update(affine(f"{name}.out_layers.0", b))
         shapes.update(affine(f"{name}.out_layers.3", b, b, 3, 3))
         if a != b:
             shapes.update(affine(f"{name}.skip_connection", b, a, 1, 1))
 
     def transformer(name: str, c: int, cross: bool) -> None:
+        if context is None:
+            shapes.update(affine(f"{name}.norm", c) | affine(f"{name}.qkv", 3 * c, c, 1))
+            shapes.update(affine(f"{name}.proj_out", c, c, 1))
+            return
         proj = (c, c) if linear else (c, c, 1, 1)
         shapes.update(affine(f"{name}.norm", c))
         shapes.update(affine(f"{name}.proj_in", *proj))
@@ -82,7 +91,10 @@ def unet(
             skips.append(c)
             number += 1
         if level < len(mult) - 1:
-            shapes |= affine(f"input_blocks.{number}.0.op", c, c, 3, 3)
+            if updown:
+                res(f"input_blocks.{number}.0", c, c)
+            else:
+                shapes |= affine(f"input_blocks.{number}.0.op", c, c, 3, 3)
             skips.append(c)
             number, ds = number + 1, 2 * ds
     res("middle_block.0", c, c)
@@ -97,7 +109,10 @@ def unet(
                 transformer(f"output_blocks.{number}.1", c, only_cross[level])
                 place = 2
             if level and i == res_blocks:
-                shapes |= affine(f"output_blocks.{number}.{place}.conv", c, c, 3, 3)
+                if updown:
+                    res(f"output_blocks.{number}.{place}", c, c)
+                else:
+                    shapes |= affine(f"output_blocks.{number}.{place}.conv", c, c, 3, 3)
                 ds //= 2
             number += 1
     return shapes | affine("out.0", c) | affine("out.2", out_channels, mc, 3, 3)
@@ -112,6 +127,7 @@ def stage(
     attention: Sequence[int] = (),
     resolution: int = 256,
     codes: int | None = None,
+    middle_attention: bool = True,
 ) -> Shapes:
     """AutoencoderKL's state dict, or VQModel's with `codes`; `attention` lists sides of the picture in pixels."""
     shapes = Shapes()
@@ -129,7 +145,8 @@ def stage(
 
     def middle(name: str, c: int) -> None:
         res(f"{name}.block_1", c, c)
-        attn(f"{name}.attn_1", c)
+        if middle_attention:
+            attn(f"{name}.attn_1", c)
         res(f"{name}.block_2", c, c)
 
     shapes |= affine("encoder.conv_in", ch, 3, 3, 3)

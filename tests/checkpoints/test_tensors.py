@@ -88,7 +88,7 @@ def test_a_file_may_go_while_it_is_open(tmp_path: Path) -> None:
 
 def test_lazily(tmp_path: Path) -> None:
     write_tensors(tmp_path / "m", {"a": torch.ones(2).half()}, {})
-    lazily = Lazily(TensorFile.open(tmp_path / "m"), {"x": "a"}, torch.float32)
+    lazily = Lazily({"x": (TensorFile.open(tmp_path / "m"), "a")}, torch.float32)
     assert list(lazily) == ["x"] and len(lazily) == 1 and lazily["x"].dtype == torch.float32
     with pytest.raises(KeyError):
         lazily["a"]

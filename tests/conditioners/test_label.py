@@ -88,9 +88,19 @@ def test_network_of_a_combination_is_what_is_trained() -> None:
     assert Combined({"label": LabelConditioner(["cat"])}).network is None
 
 
+def test_tokens_of_two_follow_one_another() -> None:
+    alone = parts()["text"]
+    label = EmbeddedLabel(["cat"], width=int(alone.width))  # type: ignore[attr-defined]
+    both = Combined({"text": alone, "label": label}).encode([{"text": "cat", "label": "cat"}])
+    text = alone.encode(["cat"]).context
+    assert both.context is not None and both.context_mask is not None and text is not None
+    torch.testing.assert_close(both.context, torch.cat([label.encode(["cat"]).context, text], dim=1))  # type: ignore[list-item]
+    assert bool(both.context_mask.all())
+
+
 def test_two_for_one_slot_are_refused() -> None:
-    with pytest.raises(UserError, match="'label' and 'text' both fill the slot 'context'"):
-        Combined({**parts(), "label": EmbeddedLabel(["cat"], width=24)})
+    with pytest.raises(UserError, match="'one' and 'two' both fill the slot 'labels'"):
+        Combined({"one": LabelConditioner(["cat"]), "two": LabelConditioner(["cat"])})
     with pytest.raises(UserError, match="at least one conditioner"):
         Combined({})
 

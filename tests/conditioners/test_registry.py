@@ -14,13 +14,16 @@ from sfumato.condition import Condition
 from sfumato.conditioners.base import Combined, Conditioner
 from sfumato.conditioners.clip import CLIPText
 from sfumato.conditioners.label import EmbeddedLabel, LabelConditioner
+from sfumato.conditioners.layout import Box, Coordinates, Layout, LayoutTokens
 from sfumato.conditioners.pretrained import sha256
 from sfumato.conditioners.registry import CONDITIONERS, from_config
+from sfumato.conditioners.semantic import Semantic
 from sfumato.conditioners.text import TextConditioner
 from sfumato.conditioners.words import WordPieces, WordVocabulary
 from sfumato.errors import ModelFileError, UserError
 
 from . import encoders
+from .test_layout import TINY
 
 CASES: dict[str, tuple[Callable[[Path], Conditioner], list[Any]]] = {
     "minilm": (lambda folder: TextConditioner(encoders.minilm()), ["a cat", None]),
@@ -30,6 +33,10 @@ CASES: dict[str, tuple[Callable[[Path], Conditioner], list[Any]]] = {
     "joint-pieces": (lambda folder: TextConditioner(encoders.joint(WordPieces())), ["cat", None]),
     "label": (lambda folder: LabelConditioner(["cat", "dog"]), ["dog", None]),
     "embedded-label": (lambda folder: EmbeddedLabel(["cat", "dog"], width=4), ["dog", None]),
+    "layout": (lambda folder: Layout(["cat", "dog"], 8), [(Box("dog", 0, 0, 1, 1),), None]),
+    "layout-tokens": (lambda folder: LayoutTokens(["cat", "dog"], TINY), [(Box("dog", 0, 0, 1, 1),), None]),
+    "semantic": (lambda folder: Semantic(["sky", "sea"], 2, mixed=3), [torch.ones(4, 4, dtype=torch.int64), None]),
+    "coordinates": (lambda folder: Coordinates(2, droppable=True), [Coordinates(2).planes(4, 4), None]),
     "combined": (
         lambda folder: Combined(
             {"l": LabelConditioner(["cat"]), "t": TextConditioner(encoders.joint(WordVocabulary(["cat"])))}
@@ -60,7 +67,8 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
 
 
 def _same(one: Condition, other: Condition) -> bool:
-    mine, theirs = one.for_network(), other.for_network()
+    mine, theirs = ({**c.for_network(), "concat": c.concat} for c in (one, other))
+    mine, theirs = ({n: v for n, v in slots.items() if v is not None} for slots in (mine, theirs))
     return mine.keys() == theirs.keys() and all(torch.equal(mine[slot], theirs[slot]) for slot in mine)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sfumato.errors import UserError
 from sfumato.networks.attention import Attention, math, sdpa
-from sfumato.networks.transformer import GEGLU, Attended, BasicTransformerBlock, Transformer2DModel
+from sfumato.networks.transformer import GEGLU, ROWS, Attended, BasicTransformerBlock, FeedForward, Transformer2DModel
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -112,3 +112,36 @@ def test_upcast_reaches_the_scores_that_processors_write_out() -> None:
     query = torch.full((1, 1, 8), 300.0, dtype=torch.float16)
     key = torch.stack([query[0, 0], query[0, 0] - 1])[None]
     assert torch.equal(layer.get_attention_scores(query, key), torch.tensor([[[1.0, 0.0]]], dtype=torch.float16))
+
+
+@pytest.mark.parametrize("tokens", [1, ROWS, ROWS + 7])
+def test_feed_forward_by_rows_is_feed_forward(tokens: int) -> None:
+    layer = FeedForward(8).eval()
+    x = noise(2, tokens, 8).requires_grad_()
+    wanted = layer(x)
+    with torch.no_grad():
+        found = layer(x)
+    assert wanted.requires_grad and found.shape == wanted.shape
+    torch.testing.assert_close(found, wanted.detach())
+
+
+def test_feed_forward_asks_layers_that_are_not_plain() -> None:
+    class Louder(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    layer, x = FeedForward(8).eval(), noise(1, 5, 8)
+    with torch.no_grad():
+        plain = layer(x)
+        gate = layer.net[0]
+        assert isinstance(gate, GEGLU)
+        louder = Louder(8, 64)
+        louder.load_state_dict(gate.proj.state_dict())
+        gate.proj = louder
+        assert not torch.allclose(layer(x), plain)
+        gate.proj = torch.nn.Linear(8, 64)
+        gate.proj.load_state_dict(louder.state_dict())
+        assert torch.equal(layer(x), plain)
+        handle = gate.proj.register_forward_hook(lambda module, inputs, out: 3 * out)
+        assert not torch.allclose(layer(x), plain)
+        handle.remove()

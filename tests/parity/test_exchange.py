@@ -134,6 +134,8 @@ def test_the_pipeline_takes_the_states_of_our_prompts(tmp_path: Path) -> None:
 def test_an_unconditional_pipeline_goes_both_ways(tmp_path: Path, kind: str) -> None:
     """Also without sfumato.json, as a folder of diffusers' own."""
     model = latent(kind, sampling=DDIM | {"guidance": 1.0})
+    for network in model.networks().values():
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as models are opened
     save_folder(model, tmp_path / "model")
     pipeline = opened(tmp_path / "model")
     assert type(pipeline).__name__ == "LDMPipeline"

@@ -218,7 +218,7 @@ def test_validation_drops_nothing_and_takes_first_captions(data: Path) -> None:
     with torch.no_grad():
         a, b = (task.loss(pictures, torch.Generator().manual_seed(1), CPU) for _ in range(2))
     assert torch.equal(a.per_picture, b.per_picture)
-    words = [task.captions[id(task.validation)].first(i) for i in range(len(task.validation))]
+    words = [task.kinds["text"].captions[id(task.validation)].first(i) for i in range(len(task.validation))]
     expected = task.model.conditioner.parts["text"].encode(words)
     torch.testing.assert_close(record.conditions[0].context, expected.context)
     assert not (record.conditions[0].labels == 2).any()
@@ -488,9 +488,9 @@ UNCONDITIONAL = {
     [
         ({"conditions": {"text": LABEL}}, "conditions.text reads prompts, so it cannot be of kind 'label'"),
         ({"conditions": {"label": JOINT}}, "conditions.label is for classes, so it cannot be of kind 'joint'"),
-        ({"conditions": {"colour": LABEL}}, "conditions.colour is not known; there are: text, label"),
+        ({"conditions": {"colour": LABEL, "label": LABEL}}, "conditions.colour and conditions.label both read the"),
         ({"conditions": {"text": {"kind": "clip"}}}, "clip and a folder belong together"),
-        ({"conditions": {"text": JOINT | {"folder": "x"}}}, "clip and a folder belong together"),
+        ({"conditions": {"text": JOINT | {"folder": "x"}}}, "folder does not belong to conditions of kind 'joint'"),
         ({"conditions": {"text": JOINT | {"dropout": 1.5}}}, "conditions.text.dropout: .*got 1.5"),
         ({"conditions": {"text": {"kind": "joint", "network": {"d_modle": 8}}}}, "did you mean 'd_model'"),
         ({"conditions": {"text": {"kind": "joint", "network": {"vocab_size": 8}}}}, "vocab_size follows from"),

@@ -1,30 +1,43 @@
-"""Attention kernels beside torch's own, known by name once this module is imported (`sfumato bench` compares them).
+"""Attention kernels beside torch's own, and the choice among them by a short measurement.
 
 `blocks` computes `softmax(scale Q K') V` for some hundred queries at a time with plain matrix products. On a CPU whose
 matrix units are fast in bfloat16 it leaves torch's fused kernel behind; only one block of scores is ever in memory.
-Scores are rounded to the type of the inputs, where the fused kernel keeps float32.
+Scores are rounded to the type of the inputs, where the fused kernel keeps float32. `adaptive` takes it for long inputs
+in half precision alone. The names are known to `set_attention_kernel` once this module is imported.
 
 >>> from sfumato.networks.attention import math
 >>> q, k, v = (torch.randn(1, 2, 70, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
 >>> bool(torch.allclose(blocks(q, k, v, None, 0.3), math(q, k, v, None, 0.3), atol=1e-6))
 True
+>>> chosen(torch.float32, torch.device("cpu"))
+'sdpa'
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from sfumato.networks.attention import KERNELS, sdpa
+from sfumato.networks.attention import KERNELS, Kernel, sdpa, set_attention_kernel
 
 ROWS = 512
 """Queries in a block: its scores at 4,096 keys are 4 MB in bfloat16, about a core's share of the cache."""
 LEAST = 1024
-"""Queries below which the fused kernel is not left."""
+"""Queries and keys below which the fused kernel is not left."""
+MARGIN = 1.15
+"""How much faster another kernel must be measured to be taken."""
+_LANES = 16  # products into a width that is a multiple of this are fast
+_PROBE = (1, 2, 2048, 40)  # the shape that is measured: some hundredths of a second
 
 
 def blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Attention block by block; with a mask, short inputs, gradients or on a GPU by `sdpa`.
+    """Attention block by block; with a mask, gradients or on a GPU by `sdpa`.
 
     Args:
         q: (B, heads, L, D). k, v: (B, heads, S, D). mask, scale: as every `Kernel`'s.
@@ -37,18 +50,20 @@ def blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
 
 def _blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     count, heads, length, _ = q.shape
-    out = torch.empty(count, length, heads, v.shape[-1], dtype=q.dtype)  # so that heads need no gathering afterwards
-    scores = torch.empty(min(ROWS, length), k.shape[2], dtype=q.dtype)
-    shares = torch.empty_like(scores)
+    width, rows = v.shape[-1], min(ROWS, q.shape[2])
+    out = q.new_empty(count, length, heads, width)  # so that heads need no gathering afterwards
+    scores = q.new_empty(rows, k.shape[2])
+    mixed = q.new_empty(rows, width + -width % _LANES)
     for b in range(count):
         for h in range(heads):
-            keys, values = (k[b, h] * scale).t(), v[b, h].contiguous()
-            queries = q[b, h].contiguous()
+            queries, keys = q[b, h].contiguous(), (k[b, h] * scale).t()
+            values = pad(v[b, h], (0, -width % _LANES))
             for start in range(0, length, ROWS):
-                rows = min(ROWS, length - start)
-                torch.mm(queries[start : start + rows], keys, out=scores[:rows])
-                torch.softmax(scores[:rows], dim=-1, out=shares[:rows])
-                out[b, start : start + rows, h] = shares[:rows] @ values
+                n = min(ROWS, length - start)
+                torch.mm(queries[start : start + n], keys, out=scores[:n])
+                torch.softmax(scores[:n], dim=-1, out=scores[:n])
+                torch.mm(scores[:n], values, out=mixed[:n])
+                out[b, start : start + n, h] = mixed[:n, :width]
     return out.transpose(1, 2)
 
 
@@ -60,3 +75,34 @@ def adaptive(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float)
 
 
 KERNELS |= {"blocks": blocks, "adaptive": adaptive}
+
+
+@cache
+def chosen(dtype: torch.dtype, device: torch.device) -> str:
+    """The name of the kernel that is fastest here: `adaptive` where it is `MARGIN` times as fast as torch's own, which
+    can only be in half precision on a CPU. Measured once in a process, at 2,048 tokens in heads of width 40."""
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return "sdpa"
+    q, k, v = (torch.randn(_PROBE, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3))
+    return "adaptive" if _least(sdpa, q, k, v) > MARGIN * _least(adaptive, q, k, v) else "sdpa"
+
+
+@torch.no_grad()
+def _least(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, repeat: int = 3) -> float:
+    """Seconds of a call, the least of some after one that does not count."""
+    found = []
+    for _ in range(repeat + 1):
+        began = time.perf_counter()
+        kernel(q, k, v, None, 0.16)
+        found.append(time.perf_counter() - began)
+    return min(found[1:])
+
+
+@contextmanager
+def using(kernel: str | Kernel) -> Iterator[None]:
+    """Attention by this kernel within the block. Raises `UserError` for an unknown name."""
+    before = set_attention_kernel(kernel)
+    try:
+        yield
+    finally:
+        set_attention_kernel(before)

@@ -230,13 +230,20 @@ def take_over(
 
     Args:
         tensors: every name and shape must fit, see `check_fit`.
-        dtype: of the weights; None for the type that each is stored in.
+        dtype: of the weights, filters of convolutions channels-last then, however they were stored; None for the type
+            and the layout that each is stored in.
     """
     check_fit(module, tensors, what=what)
-    typed = {n: t.to(dtype) if dtype is not None and t.is_floating_point() else t for n, t in tensors.items()}
+    typed = {n: _as_computed(t, dtype) if dtype is not None else t for n, t in tensors.items()}
     # torch's own memory begins at multiples of 64; what is mapped from a file may not, and kernels may round otherwise
     aligned = {n: t if t.data_ptr() % 64 == 0 or dtype is None else t.clone() for n, t in typed.items()}
     module.load_state_dict(aligned, assign=True)
+
+
+def _as_computed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In a type (whole numbers keep theirs), filters channels-last: kernels round otherwise in another layout."""
+    layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
+    return tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, memory_format=layout)
 
 
 def check_fit(module: torch.nn.Module, tensors: Mapping[str, Tensor], *, what: str) -> None:

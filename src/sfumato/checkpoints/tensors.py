@@ -21,10 +21,11 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
-from threading import Lock
+from threading import local
 from typing import Any
 
 import torch
@@ -70,7 +71,6 @@ class TensorFile:
     _offsets: dict[str, int] = field(repr=False)
     _mapped: Any = field(repr=False)
     _handle: FileIO = field(repr=False)
-    _lock: Lock = field(default_factory=Lock, repr=False)
 
     @classmethod
     def open(cls, path: str | Path) -> TensorFile:
@@ -100,8 +100,9 @@ class TensorFile:
 
         Args:
             name: as in `seen`.
-            dtype: None for the stored type, mapped from the disk; else the tensor has memory of its own. Whole numbers
-                and truth values keep their type.
+            dtype: None for the stored type, mapped from the disk; else the tensor has memory of its own, filters of
+                convolutions channels-last, as networks compute with them. Whole numbers and truth values keep their
+                type.
         """
         stored = self.seen[name]
         wanted = stored.dtype if dtype is None or not stored.is_floating_point() else dtype
@@ -109,25 +110,25 @@ class TensorFile:
             if dtype is None:
                 tensor: Tensor = self._mapped.get_tensor(name)
                 return tensor
-            return self._read_bytes(name).to(wanted)
+            return self._read_bytes(name, wanted)
         except OSError as error:
             raise ModelFileError(f"{self.path} cannot be read: {explain_os_error(error)}") from None
 
-    def _read_bytes(self, name: str) -> Tensor:
-        """A tensor in its stored type, in memory of its own."""
+    def _read_bytes(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A tensor in a type, in memory of its own."""
         stored = self.seen[name]
-        tensor = torch.empty(stored.shape, dtype=stored.dtype)
-        if stored.numel():
-            target = _bytes_of(tensor)
-            with self._lock:
-                self._handle.seek(self._offsets[name])
-                done = 0
-                while done < len(target):
-                    got = self._handle.readinto(target[done:])
-                    if not got:
-                        raise ModelFileError(f"{self.path} ends before the tensor {name}")
-                    done += got
-        return tensor
+        size = stored.numel() * stored.element_size()
+        if not size:
+            return torch.empty(stored.shape, dtype=dtype)
+        buffer = _buffer(size)
+        target, start, done = _bytes_of(buffer), self._offsets[name], 0
+        while done < size:
+            got = os.preadv(self._handle.fileno(), [target[done:]], start + done)  # by place: any thread may read
+            if not got:
+                raise ModelFileError(f"{self.path} ends before the tensor {name}")
+            done += got
+        layout = torch.channels_last if stored.ndim == 4 else torch.preserve_format
+        return buffer.view(stored.dtype).view(stored.shape).to(dtype, memory_format=layout, copy=True)
 
     def number(self, name: str) -> float | None:
         """The value of a tensor that holds one number; None if there is no such tensor."""
@@ -136,20 +137,45 @@ class TensorFile:
         return float(self.read(name).item())
 
 
-class Lazily(Mapping[str, Tensor]):
-    """Tensors of a file under other names, each read when it is asked for."""
+_OWN = local()
 
-    def __init__(self, file: TensorFile, names: Mapping[str, str], dtype: torch.dtype | None) -> None:
-        self._file, self._names, self._dtype = file, names, dtype
+
+def _buffer(size: int) -> Tensor:
+    """So many bytes, for the next tensor of this thread the same again: fresh memory costs as much as reading."""
+    held: Tensor | None = getattr(_OWN, "buffer", None)
+    if held is None or len(held) < size:
+        held = _OWN.buffer = torch.empty(size, dtype=torch.uint8)
+    return held[:size]
+
+
+class Lazily(Mapping[str, Tensor]):
+    """Tensors of files under other names, each read when it is asked for.
+
+    Args:
+        places: name -> file and the name in it.
+        dtype: as in `TensorFile.read`.
+    """
+
+    def __init__(self, places: Mapping[str, tuple[TensorFile, str]], dtype: torch.dtype | None) -> None:
+        self._places, self._dtype = places, dtype
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._file.read(self._names[name], self._dtype)
+        file, stored = self._places[name]
+        return file.read(stored, self._dtype)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._places)
+
+
+_READERS = ThreadPoolExecutor(2, thread_name_prefix="sfumato-read")
+
+
+def begun(read: Callable[[], Mapping[str, Tensor]]) -> Future[dict[str, Tensor]]:
+    """Start to read tensors in a thread: reading and casting need no interpreter, importing and building do."""
+    return _READERS.submit(lambda: dict(read()))
 
 
 def _seen(path: Path, name: str, entry: Any) -> Tensor:

@@ -18,6 +18,7 @@ from sfumato.cli.options import whole
 from sfumato.errors import UserError, raise_unknown
 
 DTYPES = ("float32", "bfloat16")
+FOREIGN = "openvino"
 Side = Annotated[int | None, typer.Option(parser=whole(8), metavar="N", help="In pixels. [the model's own]")]
 
 
@@ -32,6 +33,7 @@ def bench(
     steps: Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Steps of the picture that is told.")] = 25,
     kernel: Annotated[list[str] | None, typer.Option(help="Attention kernels. [sdpa and adaptive]")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="Types. [float32 and bfloat16]")] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="torch, compile, openvino. [torch]")] = None,
     repeat: Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Timings of each part.")] = 3,
     device: Device = "auto",
     profile: Annotated[bool, typer.Option("--profile", help="Where a step's time goes, by kind of layer.")] = False,
@@ -41,20 +43,26 @@ def bench(
 ) -> None:
     """Time guided steps and the decoder, with memory, and the share of the machine's own rate that they reach."""
     import sfumato.backends.attention  # noqa: F401  (its kernels are known by name from here on)
+    from sfumato.backends import registry
     from sfumato.networks.attention import KERNELS
 
-    kernels, dtypes = kernel or ["sdpa", "adaptive"], dtype or list(DTYPES)
+    kernels, dtypes, backends = kernel or ["sdpa", "adaptive"], dtype or list(DTYPES), backend or ["torch"]
     for name in kernels:
         if name not in KERNELS:
             raise_unknown("attention kernel", name, KERNELS)
     for name in dtypes:
         if name not in (*DTYPES, "float16"):
             raise_unknown("dtype", name, (*DTYPES, "float16"))
+    for name in backends:
+        if registry.chosen(name) != "torch" and profile:
+            raise UserError(f"--profile is torch's and sees nothing of backend {name}; leave one of them out")
+    if kernel is not None and set(backends) == {FOREIGN}:
+        raise UserError(f"backend {FOREIGN} has an attention of its own; leave --kernel out")
     if model is not None and random is not None:
         raise UserError("--model and --random each say what is measured; give one of them")
     if one:
         print(json.dumps(_measure(model, random, width, height, batch, kernels[0], dtypes[0], repeat, device, profile,
-                                  allow_pickle)))  # fmt: skip
+                                  allow_pickle, backends[0])))  # fmt: skip
         return
     shared = [] if model is None else ["--model", model]
     shared += [] if random is None else ["--random", random]
@@ -62,7 +70,12 @@ def bench(
     shared += [] if height is None else ["--height", str(height)]
     shared += ["--batch", str(batch), "--repeat", str(repeat), "--device", device, *["--profile"] * profile]
     shared += ["--allow-pickle"] * allow_pickle
-    found = [_in_a_process([*shared, "--kernel", name, "--dtype", kind]) for kind in dtypes for name in kernels]
+    ways = [(by, name) for by in backends for name in (kernels[:1] if by == FOREIGN else kernels)]
+    found = [
+        _in_a_process([*shared, "--backend", by, "--kernel", name, "--dtype", kind])
+        for kind in dtypes
+        for by, name in ways
+    ]
     if as_json:
         print(json.dumps(found, indent=1))
         return
@@ -82,7 +95,7 @@ def _in_a_process(arguments: list[str]) -> dict[str, Any]:
 
 def _measure(
     model: str | None, random: str | None, width: int | None, height: int | None, batch: int, kernel: str, dtype: str,
-    repeat: int, device: str, profile: bool, allow_pickle: bool,
+    repeat: int, device: str, profile: bool, allow_pickle: bool, backend: str,
 ) -> dict[str, Any]:  # fmt: skip
     from dataclasses import asdict
 
@@ -92,15 +105,23 @@ def _measure(
 
     set_attention_kernel(kernel)
     if random is not None:
-        opened = api.random_model(random, device=device, dtype=dtype)
+        opened = api.random_model(random, device=device, dtype=dtype, backend=backend)
     else:
-        opened = api.load(model, device=device, dtype=dtype, allow_pickle=allow_pickle)
+        opened = api.load(model, device=device, dtype=dtype, allow_pickle=allow_pickle, backend=backend)
     size = opened.system.config.size
     w, h = width or size, height or size
     speed = measured(opened.system, w, h, batch=batch, repeat=repeat)
     known = {"model": opened.name, "width": w, "height": h, "batch": batch, "kernel": kernel, "dtype": dtype}
+    known["backend"] = opened.backend
     known |= asdict(speed) | {"share": speed.share}
     return known | ({"profile": shares(opened.system, w, h, batch=batch)} if profile else {})
+
+
+def _way(row: dict[str, Any]) -> str:
+    """Who computed, in a few words: torch's attention kernel, or the backend."""
+    if row["backend"] == FOREIGN:
+        return FOREIGN
+    return str(row["kernel"]) if row["backend"] == "torch" else f"{row['backend']}, {row['kernel']}"
 
 
 def _table(found: list[dict[str, Any]], steps: int, batch: int) -> None:
@@ -108,11 +129,11 @@ def _table(found: list[dict[str, Any]], steps: int, batch: int) -> None:
     work = f"{one['step_flop'] / 1e12:.3g} TFLOP a step"
     print(f"{one['model']}, {one['width']} x {one['height']}, batch {batch}: {work}")
     heads = ("s/step", f"s/{steps} steps", "decode", "of matmul", "memory")
-    print(f"{'type':9} {'kernel':9} {heads[0]:>8} {heads[1]:>11} {heads[2]:>8} {heads[3]:>9} {heads[4]:>9}")
+    print(f"{'type':9} {'computed by':17} {heads[0]:>8} {heads[1]:>11} {heads[2]:>8} {heads[3]:>9} {heads[4]:>9}")
     for row in found:
         whole = steps * row["step"] + row["decode"]
         print(
-            f"{row['dtype']:9} {row['kernel']:9} {row['step']:8.3f} {whole:11.1f} {row['decode']:8.2f} "
+            f"{row['dtype']:9} {_way(row):17} {row['step']:8.3f} {whole:11.1f} {row['decode']:8.2f} "
             f"{row['share']:9.0%} {row['memory'] / 2**20:6.0f} MB"
         )
         for kind, seconds in row.get("profile", {}).items():

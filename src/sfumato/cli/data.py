@@ -26,17 +26,37 @@ data_app = typer.Typer(
 
 @data_app.command("prepare")
 def prepare_data(
-    name: Annotated[str, typer.Argument(help="What to build: emoji.")],
+    name: Annotated[str, typer.Argument(help="What to build: emoji or shapes.")],
     out: Annotated[Path, typer.Argument(help="The folder it is written into.")],
     source: Annotated[
-        Path | None, typer.Option("--from", help="Folder with the packages, unpacked or as downloaded. [fetch by npm]")
+        Path | None,
+        typer.Option("--from", help="Of emoji: folder with the packages, unpacked or as downloaded. [fetch by npm]"),
     ] = None,
+    count: Annotated[
+        int | None, typer.Option(parser=whole(2), metavar="N", help="Of shapes: how many pictures. [4000]")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(parser=whole(16), metavar="N", help="Of shapes: pixels of a side. [32]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(parser=whole(0), metavar="N", help="Of shapes: which set. [0]")] = None,
 ) -> None:
-    """Build a data set from published packages: captioned emoji of 64x64 pixels in five styles."""
-    if name != "emoji":
-        raise_unknown("data set", name, ["emoji"])
+    """Build a data set: captioned emoji of 64x64 pixels in five styles from published packages; or synthetic scenes of
+    coloured shapes with captions, boxes and maps."""
+    if name not in ("emoji", "shapes"):
+        raise_unknown("data set", name, ["emoji", "shapes"])
+    drawn = {key: value for key, value in (("count", count), ("size", size), ("seed", seed)) if value is not None}
+    if name == "shapes":
+        from sfumato.training import shapes
+
+        if source is not None:
+            raise UserError("shapes are drawn here and come from no packages; leave --from out")
+        train, validation = shapes.prepare(out, **drawn, on_progress=_progress("drawn"))
+        print(f"{out}: {train} for training, {validation} for validation")
+        return
     from sfumato.training import emoji
 
+    if drawn:
+        raise UserError(f"--{next(iter(drawn))} belongs to shapes; leave it out")
     _tell(emoji.prepare(out, source, _progress("drawn")))
 
 

@@ -124,7 +124,7 @@ def doctor() -> None:
     print(f"CPU: {torch.backends.cpu.get_cpu_capability()}; bfloat16 {bfloat16}")
     if importlib.util.find_spec("torchvision") is not None:
         print("torchvision is installed: Sfumato does not need it, and a build that does not match torch breaks others")
-    for package in ("accelerate", "pyarrow", "efficientnet-lite-pytorch"):
+    for package in ("accelerate", "pyarrow", "efficientnet-lite-pytorch", "openvino"):
         try:
             print(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:

@@ -17,6 +17,7 @@ from sfumato.cli import drawing
 from sfumato.cli.drawing import (
     AllowPickle,
     AsJson,
+    Backend,
     ClipSkip,
     Count,
     Destination,
@@ -24,6 +25,7 @@ from sfumato.cli.drawing import (
     Dialect,
     Dtype,
     Ema,
+    Fast,
     GuidanceScale,
     Interval,
     Label,
@@ -43,6 +45,7 @@ from sfumato.cli.drawing import (
     Vae,
 )
 from sfumato.cli.options import number, whole
+from sfumato.models import BY, ENLARGES, names
 
 
 def edit(
@@ -60,7 +63,8 @@ def edit(
         Path | None, typer.Option(help="Its map of depths, near is bright, for models that follow one.")
     ] = None,
     upscale: Annotated[
-        float | None, typer.Option(parser=number(1), metavar="X", help="Enlarge by X, and draw over it at that size.")
+        float | None,
+        typer.Option(parser=number(1), metavar="X", help="Enlarge by X; a model of pictures draws over it then."),
     ] = None,
     noise_level: Annotated[
         int | None, typer.Option(parser=whole(0), metavar="N", help="Noise on a small picture, for upscalers. [20]")
@@ -78,6 +82,7 @@ def edit(
     label: Label = None,
     dialect: Dialect = None,
     clip_skip: ClipSkip = None,
+    fast: Fast = None,
     vae: Vae = None,
     prediction: Predicts = None,
     ema: Ema = False,
@@ -85,6 +90,7 @@ def edit(
     tiles: Tiles = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",
+    backend: Backend = "auto",
     previews: Previews = None,
     out: Out = Path(),
     sheet: Sheet = False,
@@ -100,14 +106,22 @@ def edit(
         "upscale": upscale, "noise_level": noise_level, "count": count, "steps": steps, "sampler": sampler,
         "schedule": schedule, "guidance": guidance, "guidance_rescale": guidance_rescale,
         "guidance_interval": drawing.interval(guidance_interval), "negative": negative, "label": label,
-        "dialect": dialect, "clip_skip": clip_skip,
+        "dialect": dialect, "clip_skip": clip_skip, "fast": fast,
     }  # fmt: skip
+    if model is None and not prompt and _only_enlarges(options):
+        model = ENLARGES
     opened = drawing.opened(
         model, device=device, dtype=dtype, vae=vae, prediction=prediction, ema=ema, allow_pickle=allow_pickle,
-        tiles=tiles,
+        tiles=tiles, backend=backend,
     )  # fmt: skip
     first = drawing.first_seed(seed, as_json)
     for remark in opened.remarks(sampler):
         print(f"note: {remark}", file=sys.stderr)
     draw = partial(opened.edit, picture, prompt or None, seed=first, **options)
     drawing.make(draw, opened, where, first, as_json, previews)
+
+
+def _only_enlarges(options: dict[str, Any]) -> bool:
+    """Whether all that is asked is a picture as many times larger as the box's model for that makes it."""
+    about = ("mask", "box", "outpaint", "strength", "depth", "noise_level", "negative", "label", "guidance", "dialect")
+    return options["upscale"] == BY and all(options[name] is None for name in about) and ENLARGES in names()

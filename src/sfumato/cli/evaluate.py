@@ -1,7 +1,7 @@
 """`sfumato evaluate`: how good a model is, in numbers.
 
 >>> [command.name for command in evaluate_app.registered_commands]
-['bpd', 'floor', 'pictures', 'codec', 'text']
+['bpd', 'floor', 'pictures', 'codec', 'text', 'upscale']
 """
 
 from __future__ import annotations
@@ -193,5 +193,7 @@ def _tell(found: BitsPerDim, settings: dict[str, Any], as_json: bool) -> None:
     print(f"  {said}; {found.dims} dimensions, {found.evaluations} evaluations")
 
 
-for _command in (evaluate_sets.floor, evaluate_sets.pictures, evaluate_sets.codec, evaluate_sets.text):
+for _command in (
+    evaluate_sets.floor, evaluate_sets.pictures, evaluate_sets.codec, evaluate_sets.text, evaluate_sets.upscale,
+):  # fmt: skip
     evaluate_app.command(_command.__name__)(_command)

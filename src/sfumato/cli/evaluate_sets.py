@@ -183,6 +183,44 @@ def text(
     _tell(ruler.by_part("drawn", sets) | ruler.floor(), named | settings, as_json)
 
 
+def upscale(
+    model: Annotated[str, typer.Argument(help="A model that enlarges pictures: a name, a file or a run.")],
+    data: Data,
+    steps: Annotated[int | None, typer.Option(parser=whole(1), metavar="N", help="Of the sampler.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="Its name. [the model's own]")] = None,
+    features: Features = None,
+    validation_fraction: Fraction = 0.0,
+    seed: Seed = 0,
+    batch: Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Pictures at once.")] = 16,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """What a model makes of the held-out pictures made small: beside the true ones, with bicubic interpolation."""
+    from sfumato import api
+    from sfumato.evaluation.upscaling import enlarged_by, interpolated, nearness
+    from sfumato.systems.latent import Latent
+    from sfumato.tasks.edit import scale_of
+
+    opened = api.load(model, device=device)
+    scale = scale_of(opened.system)
+    if scale == 1 or not isinstance(opened.system, Latent):
+        raise UserError(f"{opened.name} does not enlarge pictures")
+    columns = {"caption": "text", "style": "style", "validation_fraction": validation_fraction}
+    ruler, settings = _ruler(data, opened.system.config.size, None, features, columns, 100, seed, device)
+    true = ruler.held_out.pictures
+    drawn = enlarged_by(
+        opened.system, true, seed=seed, batch=batch, steps=steps, sampler=sampler, on_batch=_progress
+    )
+    bicubic = interpolated(true, scale)
+    table = {
+        "enlarged": nearness(true, drawn) | ruler.row([drawn]),
+        "bicubic": nearness(true, bicubic) | ruler.row([bicubic]),
+        "real": ruler.row([true]),
+    }
+    how = {"scale": scale, "steps": steps, "sampler": sampler}
+    _tell(table, {"model": opened.name, "model_sha256": opened.sha256} | how | settings, as_json)
+
+
 # --- what is read ---------------------------------------------------------------------------------------------------
 
 

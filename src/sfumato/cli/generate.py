@@ -17,6 +17,7 @@ from sfumato.cli import drawing
 from sfumato.cli.drawing import (
     AllowPickle,
     AsJson,
+    Backend,
     ClipSkip,
     Count,
     Destination,
@@ -24,6 +25,7 @@ from sfumato.cli.drawing import (
     Dialect,
     Dtype,
     Ema,
+    Fast,
     GuidanceScale,
     Interval,
     Label,
@@ -80,6 +82,13 @@ def generate(
     hires_strength: Annotated[
         float, typer.Option(parser=number(0), metavar="S", help="How far the second pass forgets the first, 0 to 1.")
     ] = 0.5,
+    fast: Fast = None,
+    layout: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Labelled boxes, for models that read layouts.")
+    ] = None,
+    classes: Annotated[
+        Path | None, typer.Option("--map", metavar="FILE.png", help="A class for every pixel, for models that read it.")
+    ] = None,
     vae: Vae = None,
     prediction: Predicts = None,
     ema: Ema = False,
@@ -87,6 +96,7 @@ def generate(
     tiles: Tiles = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",
+    backend: Backend = "auto",
     previews: Previews = None,
     out: Out = Path(),
     sheet: Sheet = False,
@@ -99,7 +109,7 @@ def generate(
     where.check()
     opened = drawing.opened(
         model, device=device, dtype=dtype, vae=vae, prediction=prediction, ema=ema, allow_pickle=allow_pickle,
-        tiles=tiles,
+        tiles=tiles, backend=backend,
     )  # fmt: skip
     first = drawing.first_seed(seed, as_json)
     options: dict[str, Any] = {
@@ -107,7 +117,8 @@ def generate(
         "guidance_rescale": guidance_rescale, "guidance_interval": drawing.interval(guidance_interval),
         "negative": negative, "label": label, "width": width, "height": height, "dialect": dialect,
         "clip_skip": clip_skip, "variation": variation, "variation_strength": variation_strength, "towards": towards,
-        "towards_seed": towards_seed, "hires": hires, "hires_strength": hires_strength,
+        "towards_seed": towards_seed, "hires": hires, "hires_strength": hires_strength, "fast": fast,
+        "layout": layout, "map": classes,
     }  # fmt: skip
     for remark in opened.remarks(sampler):
         print(f"note: {remark}", file=sys.stderr)

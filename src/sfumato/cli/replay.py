@@ -23,6 +23,7 @@ def replay(
     original: Annotated[Path | None, typer.Option(help="Where the picture is that was edited.")] = None,
     mask: Annotated[Path | None, typer.Option(help="Where the mask is that it was edited with.")] = None,
     depth: Annotated[Path | None, typer.Option(help="Where its map of depths is.")] = None,
+    classes: Annotated[Path | None, typer.Option("--map", help="Where the map of classes is.")] = None,
     allow_pickle: AllowPickle = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
 ) -> None:
@@ -32,7 +33,7 @@ def replay(
     from sfumato import images
     from sfumato import replay as replaying
 
-    given = {"picture": original, "mask": mask, "depth": depth}
+    given = {"picture": original, "mask": mask, "depth": depth, "map": classes}
     pictures = {name: place for name, place in given.items() if place is not None}
     again = replaying.replay(picture, model, vae=vae, pictures=pictures, allow_pickle=allow_pickle)
     images.save_picture(again.picture, out, overwrite=overwrite)

@@ -93,6 +93,7 @@ class ClipPrompt:
 
     kind = "clip-prompt"
     slots = frozenset({"context"})
+    reads = "text"
 
     def __init__(self, tower: Mapping[str, Any], *, pad: int, skip: int = 0, final_norm: bool = True) -> None:
         if tower.get("vocab_size", SIZE) != SIZE:

@@ -29,6 +29,7 @@ class LabelConditioner:
     """
 
     kind = "label"
+    reads = "label"
     slots = frozenset({"labels"})
     network: nn.Module | None = None
 
@@ -87,6 +88,7 @@ class EmbeddedLabel:
     """
 
     kind = "embedded-label"
+    reads = "label"
     slots = frozenset({"context", "context_mask"})
 
     def __init__(self, names: Sequence[str], width: int = 512) -> None:

@@ -5,8 +5,8 @@ MiniLM in its package, others by `find`, which maps a SHA-256 to a file on this 
 
 >>> from_config({"kind": "label", "names": ["cat", "dog"]}).encode(["dog"]).labels.tolist()
 [1]
->>> sorted(CONDITIONERS)
-['clip', 'clip-prompt', 'combined', 'depth', 'embedded-label', 'joint', 'label', 'low-resolution', 'masked', 'minilm']
+>>> [kind for kind in sorted(CONDITIONERS) if "label" in kind]
+['embedded-label', 'label']
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from sfumato.conditioners.clip import CLIPText
 from sfumato.conditioners.clip_prompt import ClipPrompt
 from sfumato.conditioners.joint import JointText
 from sfumato.conditioners.label import EmbeddedLabel, LabelConditioner
+from sfumato.conditioners.layout import Coordinates, Layout, LayoutTokens
 from sfumato.conditioners.minilm import MiniLM
 from sfumato.conditioners.pretrained import Hasher, sha256
+from sfumato.conditioners.semantic import Semantic
 from sfumato.conditioners.text import TextConditioner
 from sfumato.conditioners.words import minilm_installed
 from sfumato.errors import ModelFileError, UserError, raise_unknown
@@ -57,13 +59,17 @@ CONDITIONERS: dict[str, Callable[[Mapping[str, Any], Find, Hasher], Conditioner]
     "clip": _clip,
     "clip-prompt": lambda config, find, hasher: ClipPrompt.from_config(config),
     "combined": _combined,
+    "coordinates": lambda config, find, hasher: Coordinates.from_config(config),
     "depth": lambda config, find, hasher: shown.from_config(config),
     "embedded-label": lambda config, find, hasher: EmbeddedLabel.from_config(config),
     "joint": lambda config, find, hasher: TextConditioner(JointText.from_config(config)),
     "label": lambda config, find, hasher: LabelConditioner.from_config(config),
+    "layout": lambda config, find, hasher: Layout.from_config(config),
+    "layout-tokens": lambda config, find, hasher: LayoutTokens.from_config(config),
     "low-resolution": lambda config, find, hasher: shown.from_config(config),
     "masked": lambda config, find, hasher: shown.from_config(config),
     "minilm": _minilm,
+    "semantic": lambda config, find, hasher: Semantic.from_config(config),
 }
 """Kind -> builder of (config, find, hasher)."""
 

@@ -60,6 +60,7 @@ class TextConditioner:
     """Prompts -> `context` (B, L, C) and `context_mask` (B, L)."""
 
     slots = frozenset({"context", "context_mask"})
+    reads = "text"
 
     def __init__(self, encoder: TextEncoder) -> None:
         self.encoder = encoder

@@ -46,6 +46,7 @@ def classifier_free(
     rescale: float = 0.0,
     channels: int | None = None,
     interval: tuple[float, float] | None = None,
+    every: int = 1,
     batched: bool = True,
 ) -> DenoiseFn:
     """Classifier-free guidance, `out = null + scale * (conditional - null)` (Ho & Salimans 2022, in SD's convention).
@@ -57,6 +58,8 @@ def classifier_free(
         channels: guide only the first so many channels (DiT guides 3 of 4); None for all.
         interval: guide only where `nsr` lies within (low, high) (Kynkaanniemi 2024); outside, unguided. Each picture by
             its own level where they differ.
+        every: evaluate the null branch in every so-many-th guided call; for the calls between, the difference of both
+            branches is kept (Lv 2024, CFG-Cache). What is returned then counts its calls: build one for each batch.
         batched: evaluate null and conditional in one call of twice the batch, null first.
 
     The learned variance, where there is one, is the conditional branch's.
@@ -64,16 +67,21 @@ def classifier_free(
     plain = unguided(denoiser, condition)
     if scale == 1:
         return plain
+    difference = _Difference(every)
 
     def denoise(x_t: Tensor, level: NoiseLevel, previous_x0: Tensor | None) -> Prediction:
         inside = torch.ones(()) if interval is None else (interval[0] <= level.nsr) & (level.nsr <= interval[1])
         if not bool(inside.any()):
             return plain(x_t, level, previous_x0)
-        if batched:
-            without, with_ = _both(denoiser, condition, null, x_t, level, previous_x0)
+        if (known := difference.known(denoiser)) is not None:
+            with_ = plain(x_t, level, previous_x0)
+            out = with_.out + (scale - 1) * known
         else:
-            without, with_ = denoiser(x_t, level, null, previous_x0), plain(x_t, level, previous_x0)
-        out = without.out + scale * (with_.out - without.out)
+            if batched:
+                without, with_ = _both(denoiser, condition, null, x_t, level, previous_x0)
+            else:
+                without, with_ = denoiser(x_t, level, null, previous_x0), plain(x_t, level, previous_x0)
+            out = without.out + scale * difference.kept(with_.out - without.out, denoiser)
         if rescale:
             out = _rescaled(out, with_.out, rescale)
         if channels is not None:
@@ -83,6 +91,33 @@ def classifier_free(
         return denoiser.read(out, x_t, level, with_.var_frac)
 
     return denoise
+
+
+class _Difference:
+    """The difference of both branches of guidance, good for `every` calls in a row."""
+
+    def __init__(self, every: int) -> None:
+        self.every, self.left = every, 0
+        self.value: Tensor | None = None
+        self.weights: torch.dtype | None = None
+
+    def known(self, denoiser: Denoiser) -> Tensor | None:
+        """The one that is kept, if it is good for this call: not once the network's type has changed, which happens
+        where it was not finite."""
+        if not self.left or self.weights != _dtype_of(denoiser):
+            return None
+        self.left -= 1
+        return self.value
+
+    def kept(self, value: Tensor, denoiser: Denoiser) -> Tensor:
+        """Keep one for the calls after this."""
+        if self.every > 1:
+            self.value, self.left, self.weights = value, self.every - 1, _dtype_of(denoiser)
+        return value
+
+
+def _dtype_of(denoiser: Denoiser) -> torch.dtype | None:
+    return next((parameter.dtype for parameter in denoiser.network.parameters()), None)
 
 
 def cfg_plus_plus(

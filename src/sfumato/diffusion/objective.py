@@ -79,7 +79,7 @@ class Objective:
             every parameterization is weighted like a uniform loss on eps; or "debiased", `1 / sqrt(SNR)` on the squared
             error of eps, carried over likewise (Yu 2024).
         density: where levels are drawn: "uniform", the schedule's own (even over the times of a table or a flow, over
-            log nsr on an exploding path); "signal", the same with the amplitudes between a table's too (Saharia 2021, SR3);
+            log nsr on an exploding path); "signal", the same with the amplitudes between a table's too (Saharia 2021);
             "logit_normal" with `logit_mean` and `logit_std`, on t in [0, 1] (Esser
             2024); or "log_normal" with `log_nsr_mean` and `log_nsr_std`, of ln nsr (Karras 2022). See `densities`.
         importance: "second_moment" draws levels more often where losses are large, and weights them down by as much, so

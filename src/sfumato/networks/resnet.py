@@ -120,12 +120,12 @@ class ResnetBlock2D(nn.Module):
         elif emb is None:
             raise UserError("this residual block is conditioned on a time embedding, got None")
         else:
-            shift = self.time_emb_proj(self.act(emb))[:, :, None, None]
+            shift = self.time_emb_proj(self.act(emb))
             if self.scale_shift:
-                scale, shift = shift.chunk(2, dim=1)
+                scale, shift = (part[:, :, None, None] for part in shift.chunk(2, dim=1))
                 hidden = torch.addcmul(shift, self.norm2(hidden), 1 + scale)
             else:
-                hidden = self.norm2(hidden + shift)
+                hidden = self.norm2(hidden + shift[:, :, None, None])
         hidden = self.conv2(self.dropout(self.act(hidden)))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)

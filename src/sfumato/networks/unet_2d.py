@@ -10,7 +10,7 @@ torch.Size([2, 3, 8, 8])
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -39,8 +39,9 @@ from sfumato.networks.unet_blocks import (
 class UNet2DConfig(NetworkConfig):
     """diffusers' fields of `UNet2DModel`, with its meanings and defaults.
 
-    `attention_head_dim` is the width of a head here (None: one head). `center_input_sample` maps [0, 1] to
-    [-1, 1] inside. `time_embedding_type` is positional, fourier or learned.
+    `attention_head_dim` is the width of a head here (None: one head); beyond diffusers it may be given by level,
+    outermost first. `center_input_sample` maps [0, 1] to [-1, 1] inside. `time_embedding_type` is positional, fourier
+    or learned.
     """
 
     sample_size: int | tuple[int, int] | None = None
@@ -67,7 +68,7 @@ class UNet2DConfig(NetworkConfig):
     upsample_type: Literal["conv", "resnet"] = "conv"
     dropout: float = 0.0
     act_fn: str = "silu"
-    attention_head_dim: int | None = 8
+    attention_head_dim: int | tuple[int, ...] | None = 8
     norm_num_groups: int = 32
     attn_norm_num_groups: int | None = None
     norm_eps: float = 1e-5
@@ -89,6 +90,10 @@ class UNet2DConfig(NetworkConfig):
             "act_fn": tuple(ACTIVATIONS),
         }
         check_choices(self, choices, DOWN_BLOCKS, UP_BLOCKS)
+        if isinstance(self.attention_head_dim, tuple) and len(self.attention_head_dim) != len(self.block_out_channels):
+            raise UserError(
+                f"attention_head_dim must be one value or one for each level, got {self.attention_head_dim}"
+            )
         if self.layers_per_block < 1:
             raise UserError(f"layers_per_block must be 1 or more, got {self.layers_per_block}")
         if self.attn_norm_num_groups and self.block_out_channels[-1] % self.attn_norm_num_groups:
@@ -129,7 +134,6 @@ class UNet2DModel(AttentionHost):
             dropout=c.dropout,
             act=c.act_fn,
             scale_shift=c.resnet_time_scale_shift == "scale_shift",
-            head_dim=c.attention_head_dim,
             downsample_padding=c.downsample_padding,
             downsample_type=c.downsample_type,
             upsample_type=c.upsample_type,
@@ -139,8 +143,11 @@ class UNet2DModel(AttentionHost):
         self.time_embedding = TimestepEmbedding(time_width, time_dim)
         self.class_embedding = _class_embedding(c, time_width, time_dim)
         last = len(widths) - 1
+        wide = c.attention_head_dim
+        heads = wide if isinstance(wide, tuple) else (wide,) * len(widths)
+        styles = [replace(style, head_dim=head_dim) for head_dim in heads]
         self.down_blocks = nn.ModuleList(
-            down_block(kind, widths[max(i - 1, 0)], widths[i], c.layers_per_block, style, last=i == last)
+            down_block(kind, widths[max(i - 1, 0)], widths[i], c.layers_per_block, styles[i], last=i == last)
             for i, kind in enumerate(c.down_block_types)
         )
         self.up_blocks = nn.ModuleList()
@@ -148,12 +155,12 @@ class UNet2DModel(AttentionHost):
             level = last - i
             skips = [widths[level]] * c.layers_per_block + [widths[max(level - 1, 0)]]
             above = widths[min(level + 1, last)]
-            self.up_blocks.append(up_block(kind, above, widths[level], skips, style, last=i == last))
+            self.up_blocks.append(up_block(kind, above, widths[level], skips, styles[level], last=i == last))
         if c.mid_block_type is not None:
             default_groups = c.norm_num_groups if c.resnet_time_scale_shift == "default" else None
             self.mid_block: UNetMidBlock2D | None = UNetMidBlock2D(
                 widths[-1],
-                style,
+                styles[-1],
                 attention=c.add_attention,
                 groups=c.attn_norm_num_groups or default_groups,
                 output_scale_factor=c.mid_block_scale_factor,

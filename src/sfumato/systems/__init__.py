@@ -18,6 +18,7 @@ from sfumato.checkpoints.formats.families import Prediction
 from sfumato.checkpoints.formats.single_file import SingleFile
 from sfumato.checkpoints.io import check_is_file, read_header, read_model, stored_config
 from sfumato.errors import ModelFileError, UserError, raise_unknown
+from sfumato.systems import ldm_config
 from sfumato.systems.clip import CLIP, CLIPConfig
 from sfumato.systems.codec import CodecConfig, CodecSystem
 from sfumato.systems.config import Strict, parse
@@ -92,7 +93,8 @@ def open_system(
     vae: str | Path | None = None,
     dtype: torch.dtype | None = torch.float32,
 ) -> Opened:
-    """Open a model file of ours, a single file of Stable Diffusion, or a folder in diffusers' layout.
+    """Open a model file of ours, a single file of Stable Diffusion, a checkpoint of latent diffusion with its YAML
+    beside it (`NAME.yaml` or `config.yaml`), or a folder in diffusers' layout.
 
     Args:
         allow_pickle: convert a `.ckpt` or `.bin`, in a process that can build tensors and nothing else.
@@ -151,6 +153,11 @@ def _open_own(path: Path, dtype: torch.dtype | None) -> Opened:
 def _open_foreign(
     path: Path, allow_pickle: bool, prediction: Prediction, averaged: bool, dtype: torch.dtype | None
 ) -> Opened:
+    if (values := ldm_config.beside(path)) is not None:
+        if prediction != "unknown":
+            raise UserError(f"the config beside {path} says what its network predicts; leave the option out")
+        opened = ldm_config.open_checkpoint(path, values, averaged=averaged, allow_pickle=allow_pickle, dtype=dtype)
+        return Opened(opened.system, path, hashes.sha256(path), opened.notes)
     found = open_single_file(
         path, prediction=prediction, averaged=averaged, allow_pickle=allow_pickle, dtype=dtype
     )

@@ -6,10 +6,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
+from sfumato.conditioners.layout import Box, layout_of, layout_told
+from sfumato.conditioners.semantic import ClassMap
 from sfumato.errors import UserError
+
+READ_BY = {"text": "prompt", "label": "label", "layout": "layout", "map": "map"}
+"""What conditioners read -> the attribute of `Asked` that says it."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,8 @@ class Asked:
         prompt: what to draw.
         negative: what not to draw: guidance leads away from it instead of from nothing.
         label: a class, by name or id.
+        layout: labelled boxes.
+        map: a class for every pixel.
         dialect: how brackets and weights in the words are read; None for the model's own way.
         clip_skip: how many of the text encoder's last layers are left out; None for the model's own number.
         towards: a second prompt; what is drawn lies on the way from the first to it …
@@ -37,6 +45,8 @@ class Asked:
     share: float | None = None
     variation: int | None = None
     strength: float | None = None
+    layout: tuple[Box, ...] | None = None
+    map: ClassMap | None = None
 
     def __post_init__(self) -> None:
         for name, share in (("share", self.share), ("strength", self.strength)):
@@ -52,15 +62,32 @@ class Asked:
     @property
     def says_anything(self) -> bool:
         """Whether there is something that guidance could lead towards."""
-        return self.prompt is not None or self.label is not None
+        return bool(self.said())
+
+    def said(self) -> dict[str, Any]:
+        """What was said, by what conditioners read ("text", "label", "layout", "map"); without what was left open."""
+        said = {what: getattr(self, name) for what, name in READ_BY.items()}
+        return {what: value for what, value in said.items() if value is not None}
+
+    @classmethod
+    def of(cls, said: Mapping[str, Any]) -> Asked:
+        """From `said`."""
+        return cls(**{READ_BY[what]: value for what, value in said.items()})
 
     def stored(self) -> dict[str, Any]:
-        """As JSON: what was said."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """As JSON: what was said; a map by its path and hash."""
+        said = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.layout is not None:
+            said["layout"] = layout_told(self.layout)
+        if self.map is not None:
+            said["map"] = self.map.stored()
+        return {name: value for name, value in said.items() if value is not None}
 
     @classmethod
     def restored(cls, values: dict[str, Any]) -> Asked:
-        """From `stored`; a key that is unknown raises `TypeError`."""
+        """From `stored`, its map found again; a key that is unknown raises `TypeError`."""
+        if "layout" in values:
+            values = values | {"layout": layout_of(values["layout"])}
         known = {f.name for f in fields(cls)}
         if odd := set(values) - known:
             raise TypeError(f"unknown key {odd.pop()!r}")

@@ -27,6 +27,7 @@ from sfumato.checkpoints.formats import diffusers
 from sfumato.checkpoints.formats.diffusers import CLASS, Component
 from sfumato.checkpoints.formats.families import DDPM_X4, VAE_F4, Family, Prediction, family_named, predicting
 from sfumato.checkpoints.io import check_fit, take_over
+from sfumato.checkpoints.tensors import begun
 from sfumato.conditioners.clip_prompt import ClipPrompt
 from sfumato.conditioners.shown import Depth, LowResolution, Masked
 from sfumato.diffusion.schedule import TableSchedule
@@ -153,13 +154,11 @@ def open_pipeline(
     index = diffusers.read_json(folder / diffusers.INDEX)
     scheduler, corrections = _scheduler(folder, str(index.get(CLASS)))
     family = _family(unet, vae, text, scheduler, prediction, folder)
-    model = Latent.create(config_of(family), "meta")
-    fill(
-        model.networks(),
-        {"network": plain(unet), "codec": plain(vae), "conditioner": told(text)},
-        what=str(folder),
-        dtype=dtype,
-    )
+    stored = {"network": plain(unet), "codec": plain(vae), "conditioner": told(text)}
+    weights = {name: begun(one.read) for name, one in stored.items()}
+    model = Latent.create(config_of(family), "meta")  # meanwhile
+    stored = {name: replace(one, read=weights[name].result) for name, one in stored.items()}
+    fill(model.networks(), stored, what=str(folder), dtype=dtype)
     why = "its scheduler says so" if prediction == "unknown" else "it was said"
     aside = [note.format(folder) for name, note in _ASIDE.items() if _holds(index, name)]
     notes = [*unet.notes, *vae.notes, *text.notes, *corrections, *aside]

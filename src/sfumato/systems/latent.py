@@ -23,7 +23,7 @@ from sfumato.codecs.tiles import decode_tiled, encode_tiled, free_bytes, needs_t
 from sfumato.condition import Condition
 from sfumato.conditioners.base import Combined, Conditioner
 from sfumato.conditioners.clip_prompt import ClipPrompt, Prompt
-from sfumato.conditioners.label import LabelConditioner
+from sfumato.conditioners.label import EmbeddedLabel, LabelConditioner
 from sfumato.conditioners.registry import from_config
 from sfumato.conditioners.shown import LowResolution, Shown
 from sfumato.diffusion.denoiser import Denoiser
@@ -43,7 +43,7 @@ from sfumato.systems.config import (
 
 _DERIVED = ("sample_size", "in_channels", "out_channels", "num_class_embeds", "cross_attention_dim")
 ALONE = 2**16  # pixels from which pictures are decoded one by one
-TEXT, LABEL = "text", "label"  # the conditions that a prompt and a label are for
+TEXT, LABEL = "text", "label"  # what a prompt and a label are read by
 
 
 class LatentConfig(Strict):
@@ -52,7 +52,7 @@ class LatentConfig(Strict):
     Attributes:
         size: width and height of the pictures that it learnt, in pixels.
         codec: of the first stage, whose weights are in the same file.
-        conditions: by name, what its conditioners are built from ("text" reads prompts, "label" labels).
+        conditions: by name, what its conditioners are built from; the kind says what of a user's words each reads.
         network: fields of `UNet2DConditionConfig` where a condition is attended to, else of `UNet2DConfig`; less those
             that follow from the rest.
         schedule, prediction, sampling: see there.
@@ -81,7 +81,8 @@ class LatentConfig(Strict):
     @property
     def labels(self) -> tuple[str, ...]:
         """Names of the classes it knows; empty if it has none."""
-        return tuple(self.conditions.get(LABEL, {}).get("names", ()))
+        kinds = (LabelConditioner.kind, EmbeddedLabel.kind)
+        return next((tuple(c["names"]) for c in self.conditions.values() if c.get("kind") in kinds), ())
 
     def unet(self, codec: Codec, conditioner: Combined | None) -> UNet2DConfig | UNet2DConditionConfig:
         """The network's own config with what follows from the rest filled in."""
@@ -89,14 +90,15 @@ class LatentConfig(Strict):
         values = {
             **self.network,
             "sample_size": self.size // codec.factor,
-            "in_channels": codec.channels * (2 if prediction.self_condition else 1) + beside(conditioner),
+            "in_channels": codec.channels * (2 if prediction.self_condition else 1)
+            + (conditioner.channels if conditioner is not None else 0),
             "out_channels": codec.channels * (2 if prediction.learned_variance else 1),
         }
         if "labels" in slots:
             values["num_class_embeds"] = classes(conditioner) or len(self.labels) + 1
-        if conditioner is None or "context" not in slots:
+        if conditioner is None or conditioner.width is None:
             return UNet2DConfig.from_dict(values)
-        return UNet2DConditionConfig.from_dict({**values, "cross_attention_dim": context_width(conditioner)})
+        return UNet2DConditionConfig.from_dict({**values, "cross_attention_dim": conditioner.width})
 
 
 class Latent:
@@ -215,14 +217,17 @@ class Latent:
 
     @property
     def reads(self) -> frozenset[str]:
-        """What a user may say to it: "text", "label"."""
-        return frozenset(self.config.conditions)
+        """What a user may say to it, such as "text" or "label"."""
+        return frozenset(part.reads for part in self._parts.values()) - {""}
+
+    @property
+    def _parts(self) -> Mapping[str, Conditioner]:
+        return self.conditioner.parts if self.conditioner is not None else {}
 
     @property
     def shown(self) -> dict[str, Shown]:
         """The conditions that are shown beside the latents, by name."""
-        parts = self.conditioner.parts if self.conditioner is not None else {}
-        return {name: part for name, part in parts.items() if isinstance(part, Shown)}
+        return {name: part for name, part in self._parts.items() if isinstance(part, Shown)}
 
     def conditions(
         self, asked: Sequence[Asked], shown: Mapping[str, Sequence[Any]] | None = None
@@ -231,7 +236,8 @@ class Latent:
 
         Args:
             asked: per picture.
-            shown: what the conditions of `self.shown` get, per picture; on both sides.
+            shown: what the conditions of `self.shown` get, per picture; on both sides. None is the null, for those that
+                have one.
 
         Raises:
             UserError: for what the model cannot read.
@@ -242,24 +248,27 @@ class Latent:
         unwanted: list[dict[str, Any]] = []
         for i, one in enumerate(asked):
             seen = {name: values[i] for name, values in (shown or {}).items()}
-            said = {TEXT: self._words(one, one.prompt, whole=True), LABEL: one.label}
-            wanted.append(seen | {name: value for name, value in said.items() if value is not None})
-            negative = self._words(one, one.negative)
-            unwanted.append(seen | ({TEXT: negative} if negative is not None else {}))
+            wanted.append(seen | self._said(one.said() | {TEXT: self._words(one, one.prompt, whole=True)}))
+            unwanted.append(seen | self._said({TEXT: self._words(one, one.negative)}))
         both = self.conditioner.encode([*wanted, *unwanted])
         return both.rows(0, len(asked)), both.rows(len(asked), 2 * len(asked))
 
+    def _said(self, said: Mapping[str, Any]) -> dict[str, Any]:
+        """What is said, handed to the conditions that read it. Raises `UserError` for what none reads."""
+        for what, value in said.items():
+            if value is not None and what not in self.reads:
+                raise UserError(f"this model takes no {what}; leave it out")
+        return {n: said[part.reads] for n, part in self._parts.items() if said.get(part.reads) is not None}
+
     def check_words(self, asked: Sequence[Asked]) -> None:
         """Refuse, with a `UserError`, what the model cannot read; nothing is drawn and nothing shown."""
-        said = [name for name in self.config.conditions if name not in self.shown]
-        if self.conditioner is not None and said:
-            Latent(
-                self.config, self.denoiser, self.codec, Combined({name: self.conditioner.parts[name] for name in said})
-            ).conditions(asked)
+        parts = {name: part for name, part in self._parts.items() if part.reads}
+        if parts:
+            Latent(self.config, self.denoiser, self.codec, Combined(parts)).conditions(asked)
 
     def _words(self, asked: Asked, text: str | None, *, whole: bool = False) -> str | Prompt | None:
         """What the reader of texts is given: with how it is to be read, where that can be said to it."""
-        reader = self.conditioner.parts.get(TEXT) if self.conditioner is not None else None
+        reader = next((part for part in self._parts.values() if part.reads == TEXT), None)
         if isinstance(reader, ClipPrompt):
             if text is None and asked.clip_skip is None:
                 return None
@@ -278,31 +287,19 @@ def combined(conditions: Mapping[str, Mapping[str, Any]]) -> Combined | None:
     if not conditions:
         return None
     parts: dict[str, Conditioner] = {}
-    for name, values in conditions.items():
+    for name, values in sorted(conditions.items()):  # so that the order of a config changes no weight
         try:
             parts[name] = from_config(values, find=hashes.find, hasher=hashes.sha256)
         except UserError as error:
             raise type(error)(f"conditions.{name}: {error}") from None
-    if LABEL in parts and not isinstance(parts[LABEL], LabelConditioner) and "labels" in parts[LABEL].slots:
-        raise UserError(f"conditions.{LABEL} must be of kind 'label'")
+    for what in sorted({part.reads for part in parts.values()} - {""}):
+        readers = [name for name, part in parts.items() if part.reads == what]
+        if len(readers) > 1:
+            raise UserError(f"conditions.{readers[0]} and conditions.{readers[1]} both read the user's {what}")
     return Combined(parts)
-
-
-def beside(conditioner: Combined | None) -> int:
-    """How many channels are shown beside the latents."""
-    parts = conditioner.parts.values() if conditioner is not None else ()
-    return sum(part.channels for part in parts if isinstance(part, Shown))
 
 
 def classes(conditioner: Combined | None) -> int | None:
     """The size of the table of classes where what is shown has one."""
     parts = conditioner.parts.values() if conditioner is not None else ()
-    return next((part.levels for part in parts if isinstance(part, LowResolution)), None)
-
-
-def context_width(conditioner: Combined) -> int:
-    """Width of what the network attends to."""
-    for part in conditioner.parts.values():
-        if "context" in part.slots:
-            return int(part.width)  # type: ignore[attr-defined]
-    raise UserError("no condition is attended to, so there is no width")
+    return next((part.classes for part in parts if isinstance(part, LowResolution)), None)

@@ -12,13 +12,16 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sfumato.conditioners.shown import Masked, Shown
+from sfumato.backends.fast import FastSettings, applied
+from sfumato.conditioners.layout import Coordinates
+from sfumato.conditioners.shown import LowResolution, Masked, Shown
 from sfumato.diffusion import grid as grids
 from sfumato.diffusion.guidance import DenoiseFn, classifier_free, clip_x0, dynamic_threshold, unguided
 from sfumato.diffusion.hooks import Hook, keep
@@ -47,6 +50,8 @@ def draw(
     steps: int | None = None,
     guidance: Guidance | float | None = None,
     size: tuple[int, int] | None = None,
+    shown: Mapping[str, Sequence[Any]] | None = None,
+    fast: FastSettings | None = None,
     tiled: bool = False,
     on_step: Hook = keep,
 ) -> Tensor:
@@ -58,6 +63,8 @@ def draw(
         sampler, schedule, steps, guidance: None for the model's own defaults; a sampler's name may carry the schedule's
             ("DPM++ 2M Karras"), and a respacing spec such as "ddim25" the number of steps.
         size: (width, height) in pixels; None for the model's own.
+        shown: what the conditions of `model.shown` get, per picture, at the latents' size; None for nothing.
+        fast: lossy savings; None for none. What they leave out where there is no guidance does nothing.
         tiled: decode in tiles, which takes less memory.
         on_step: hook of the sampling loop.
 
@@ -68,7 +75,7 @@ def draw(
     width, height = size or (model.config.size, model.config.size)
     x = draw_latents(
         model, seeds=seeds, asked=asked, sampler=sampler, schedule=schedule, steps=steps, guidance=guidance, size=size,
-        on_step=on_step,
+        shown=shown, fast=fast, on_step=on_step,
     )  # fmt: skip
     return shown_picture(model, x, tiled)[..., :height, :width]
 
@@ -88,6 +95,8 @@ def draw_latents(
     steps: int | None = None,
     guidance: Guidance | float | None = None,
     size: tuple[int, int] | None = None,
+    shown: Mapping[str, Sequence[Any]] | None = None,
+    fast: FastSettings | None = None,
     on_step: Hook = keep,
 ) -> Tensor:
     """The latents of new pictures, (B, C, h, w), before the codec; everything as in `draw`."""
@@ -95,9 +104,26 @@ def draw_latents(
     width, height = size or (model.config.size, model.config.size)
     noise = NoiseSource(seeds, model.shape_of(width, height), device=device_of(model))
     said = list(asked) if asked is not None else [Asked()] * len(seeds)
-    denoise = guided(model, said, guidance, _nothing_shown(model, len(seeds), noise.shape))
+    said = [_with_map_of(model, one, (width, height)) for one in said]
+    seen = dict(shown) if shown is not None else _nothing_shown(model, len(seeds), noise.shape)
+    denoise = guided(model, said, guided_less(guidance, fast), seen)
     x = begun(model, first_noise(noise, said), levels[0])
-    return sample(denoise, method, x, levels, model.denoiser.schedule, noise=noise, on_step=on_step)
+    with saving(model, fast):
+        drawn = sample(denoise, method, x, levels, model.denoiser.schedule, noise=noise, on_step=on_step)
+    return completed(model, drawn, seen)
+
+
+def _with_map_of(model: Drawing, asked: Asked, size: tuple[int, int]) -> Asked:
+    """The same with its map as large as the pixels of all latents, its border repeated to the right and below."""
+    if asked.map is None or not isinstance(model, Latent):
+        return asked
+    if asked.map.size != size:
+        (w, h), (width, height) = asked.map.size, size
+        raise UserError(f"the map is {w} x {h} pixels, the picture {width} x {height}")
+    _, h, w = model.shape_of(*size)
+    rows, columns = (torch.arange(n * model.codec.factor) for n in (h, w))
+    values = asked.map.values[rows.clamp(max=size[1] - 1)[:, None], columns.clamp(max=size[0] - 1)[None]]
+    return replace(asked, map=replace(asked.map, values=values))
 
 
 def planned(
@@ -145,10 +171,23 @@ def begun(model: Drawing, z: Tensor, first: NoiseLevel) -> Tensor:
     return expand(first.sigma, z) * z
 
 
+def completed(model: Drawing, x: Tensor, shown: Mapping[str, Sequence[Any]]) -> Tensor:
+    """Latents (B, C, h, w) from what was drawn: where that is what a small picture lacks, with the picture."""
+    for name, part in shown_of(model).items():
+        if isinstance(part, LowResolution) and name in shown:
+            x = part.completed(x, torch.stack([planes for planes, _ in shown[name]]).to(x))
+    return x
+
+
 def _nothing_shown(model: Drawing, count: int, shape: Sequence[int]) -> dict[str, list[Any]]:
-    """What a model that inpaints is shown when all is to be redrawn; other shown conditions have no such null."""
+    """What a model that inpaints is shown when all is to be redrawn; what has a null needs nothing."""
     shown = {}
     for name, part in shown_of(model).items():
+        if isinstance(part, Coordinates):
+            shown[name] = [part.planes(*shape[1:]).to(device_of(model))] * count
+            continue
+        if part.droppable:
+            continue
         if not isinstance(part, Masked):
             raise UserError(f"this model needs {part.needs}: `sfumato edit` takes one")
         grey = torch.zeros(1, 3, *(side * model.codec.factor for side in shape[1:]), device=device_of(model))
@@ -214,11 +253,13 @@ class Guidance:
         scale: of classifier-free guidance; 1 is off, None the model's own where something is asked.
         rescale: phi in [0, 1], how far the spread of the guided output is pulled back (Lin 2023).
         interval: noise-to-signal ratios (low, high) within which it acts (Kynkaanniemi 2024); None for all.
+        every: it is reckoned anew in every so-many-th evaluation within, and kept between.
     """
 
     scale: float | None = None
     rescale: float = 0.0
     interval: tuple[float, float] | None = None
+    every: int = 1
 
     def __post_init__(self) -> None:
         if self.scale is not None and not (self.scale >= 0 and math.isfinite(self.scale)):
@@ -230,6 +271,21 @@ class Guidance:
             raise UserError(
                 f"the interval of guidance must be two finite, rising noise-to-signal ratios, got {low}, {high}"
             )
+
+
+def guided_less(guidance: Guidance | float | None, fast: FastSettings | None) -> Guidance:
+    """Guidance with what is saved of it. Raises `UserError` for two intervals."""
+    how = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+    if fast is None:
+        return how
+    if how.interval is not None and fast.interval is not None:
+        raise UserError("the interval of guidance is given twice, by itself and among the savings; leave one out")
+    return replace(how, interval=how.interval or fast.interval, every=fast.guidance_every)
+
+
+def saving(model: Drawing, fast: FastSettings | None) -> AbstractContextManager[None]:
+    """The model's network with what is saved within it, while one batch is drawn."""
+    return nullcontext() if fast is None else applied(model.denoiser.network, fast)
 
 
 def guided(
@@ -250,7 +306,7 @@ def guided(
     denoise = unguided(model.denoiser, condition)
     if scale != 1:
         denoise = classifier_free(
-            model.denoiser, condition, null, scale, rescale=how.rescale, interval=how.interval
+            model.denoiser, condition, null, scale, rescale=how.rescale, interval=how.interval, every=how.every
         )
     denoise = guard.guarded(denoise, [model.denoiser.network], LOG.warning)
     range_ = model.config.sampling

@@ -22,7 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfumato.conditioners.shown import Depth, LowResolution, Masked
+from sfumato.backends.fast import FastSettings
+from sfumato.conditioners.layout import Coordinates
+from sfumato.conditioners.shown import Depth, LowResolution, Masked, agreeing
 from sfumato.diffusion.grid import Grid
 from sfumato.diffusion.hooks import Hook, chain, keep
 from sfumato.diffusion.level import NoiseLevel, expand
@@ -39,10 +41,13 @@ from sfumato.tasks.draw import (
     LOG,
     Guidance,
     begun,
+    completed,
     device_of,
     first_noise,
     guided,
+    guided_less,
     planned,
+    saving,
     shown_of,
     shown_picture,
 )
@@ -60,14 +65,15 @@ class Source:
         mask: (H, W) in [0, 1], 1 where the picture is redrawn; None for all of it.
         depth: (H, W), inverse depth (near is large) in any unit, for models that follow it.
         strength: in (0, 1], how much of the way from noise to picture is gone again; 1 keeps the least.
-        noise_level: step of the noise that a small picture gets before it is enlarged, for models that do that.
+        noise_level: step of the noise that a small picture gets before it is enlarged, for models that do that; None
+            for 20, or the noisiest that the model was trained with, or none where it was trained without.
     """
 
     picture: Tensor
     mask: Tensor | None = None
     depth: Tensor | None = None
     strength: float = STRENGTH
-    noise_level: int = NOISE_LEVEL
+    noise_level: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.strength <= 1:
@@ -93,7 +99,12 @@ class Source:
 
 def scale_of(model: Drawing) -> int:
     """How much larger an edit by this model is than its source: 1, or what an upscaler enlarges by."""
-    return model.codec.factor if isinstance(model, Latent) and _part(model, LowResolution) is not None else 1
+    name = _part(model, LowResolution)
+    if name is None or not isinstance(model, Latent):
+        return 1
+    part = model.shown[name]
+    assert isinstance(part, LowResolution)
+    return part.scale or model.codec.factor
 
 
 def edit(
@@ -106,6 +117,7 @@ def edit(
     schedule: str | None = None,
     steps: int | None = None,
     guidance: Guidance | float | None = None,
+    fast: FastSettings | None = None,
     tiled: bool = False,
     on_step: Hook = keep,
 ) -> Tensor:
@@ -113,18 +125,23 @@ def edit(
 
     Args:
         source: what to begin with; outside its mask the result is only near to it, see `composited`.
-        seeds, asked, sampler, schedule, steps, guidance, tiled, on_step: as in `draw`; `steps` are those of the whole
-            way, of which `strength` takes its part.
+        seeds, asked, sampler, schedule, steps, guidance, fast, tiled, on_step: as in `draw`; `steps` are those of the
+            whole way, of which `strength` takes its part.
 
     Raises:
         UserError: for a source that the model can do nothing with, and as `draw`.
     """
     x = edit_latents(
         model, source, seeds=seeds, asked=asked, sampler=sampler, schedule=schedule, steps=steps, guidance=guidance,
-        tiled=tiled, on_step=on_step,
+        fast=fast, tiled=tiled, on_step=on_step,
     )  # fmt: skip
     width, height = (side * scale_of(model) for side in source.size)
-    return shown_picture(model, x, tiled)[..., :height, :width]
+    pictures = shown_picture(model, x, tiled)[..., :height, :width]
+    part = shown_of(model).get(_part(model, LowResolution) or "")
+    if isinstance(part, LowResolution) and part.exact:
+        small = source.picture.to(pictures)
+        return agreeing(pictures, small if small.ndim == 4 else small[None], scale_of(model))
+    return pictures
 
 
 def edit_latents(
@@ -137,6 +154,7 @@ def edit_latents(
     schedule: str | None = None,
     steps: int | None = None,
     guidance: Guidance | float | None = None,
+    fast: FastSettings | None = None,
     tiled: bool = False,
     on_step: Hook = keep,
 ) -> Tensor:
@@ -157,7 +175,7 @@ def edit_latents(
     shown: dict[str, list[Any]] = {}
     z0: Tensor | None = None
     if scale != 1:
-        shown = _small(model, picture, source, noise)
+        shown = _small(model, picture, source, noise, tiled)
         noise = noise.reshaped(shape)
     elif not (alone and _part(model, Masked) is not None):
         z0 = _encoded(model, picture, noise, tiled)
@@ -165,13 +183,15 @@ def edit_latents(
     if source.mask is not None and _part(model, Masked) is None:
         noise.draw()  # in the place of the spread of what the mask leaves, which only other networks are shown
     shown |= _shown(model, source, picture, noise, tiled)
-    denoise = guided(model, said, guidance, shown)
+    denoise = guided(model, said, guided_less(guidance, fast), shown)
     if not alone:
-        levels = _last(levels, method, source.strength)
+        levels = last_levels(levels, method, source.strength)
     x = begun(model, z, levels[0]) if alone or z0 is None else _noised(z0, z, levels[0])
     if source.mask is not None and z0 is not None and _part(model, Masked) is None:
         on_step = chain(_known(z0, z, _cells(source.mask.to(x), shape, model), levels[-1]), on_step)
-    return sample(denoise, method, x, levels, model.denoiser.schedule, noise=noise, on_step=on_step)
+    with saving(model, fast):
+        drawn = sample(denoise, method, x, levels, model.denoiser.schedule, noise=noise, on_step=on_step)
+    return completed(model, drawn, shown)
 
 
 def _shape(model: Drawing, source: Source) -> tuple[int, int, int]:
@@ -183,7 +203,7 @@ def _shape(model: Drawing, source: Source) -> tuple[int, int, int]:
     return shape
 
 
-def _last(levels: Grid, method: Solver[Any], strength: float) -> Grid:
+def last_levels(levels: Grid, method: Solver[Any], strength: float) -> Grid:
     """The levels that an edit of this strength goes through."""
     if isinstance(method, DPMAdaptive):
         raise UserError("DPM adaptive chooses its own steps and cannot begin in their midst; take another sampler")
@@ -262,10 +282,16 @@ def _shown(
     h, w = noise.shape[1:]
     if (name := _part(model, Masked)) is not None:
         mask = source.mask if source.mask is not None else torch.ones(source.size[::-1])
-        kept = _stretched(mask.to(picture), picture.shape[-2:]) < 0.5
-        latents = _encoded(model, picture * kept, noise, tiled)
+        part = shown_of(model)[name]
+        assert isinstance(part, Masked)
+        holes = _stretched(mask.to(picture), picture.shape[-2:])[None, None] >= 0.5
+        latents = _encoded(model, part.hidden(picture, holes), noise, tiled)
         cells = _cells(mask.to(picture), noise.shape, model).expand(len(latents), 1, h, w)
-        shown[name] = list(torch.cat([cells, latents], dim=1))
+        shown[name] = list(part.laid(cells, latents))
+    if (name := _part(model, Coordinates)) is not None:
+        places = shown_of(model)[name]
+        assert isinstance(places, Coordinates)
+        shown[name] = [places.planes(h, w).to(picture)] * len(picture)
     if (name := _part(model, Depth)) is not None and source.depth is not None:
         depth = _stretched(source.depth.to(picture), picture.shape[-2:])[None, None]
         depth = F.interpolate(depth, size=(h, w), mode="bicubic", align_corners=False)[0]
@@ -274,12 +300,23 @@ def _shown(
     return shown
 
 
-def _small(model: Drawing, picture: Tensor, source: Source, noise: NoiseSource) -> dict[str, list[Any]]:
-    """What an upscaler is shown: the small picture with noise of a known step."""
+def _small(
+    model: Drawing, picture: Tensor, source: Source, noise: NoiseSource, tiled: bool
+) -> dict[str, list[Any]]:
+    """What an upscaler is shown: the small picture, with noise of a known step where it was trained with some."""
     name = _part(model, LowResolution)
-    assert name is not None
-    level = model.denoiser.schedule.level(torch.tensor(float(source.noise_level), dtype=torch.float64))
-    return {name: [(one, source.noise_level) for one in _noised(picture, noise.draw(), level)]}
+    assert name is not None and isinstance(model, Latent)
+    part, step = model.shown[name], source.noise_level
+    assert isinstance(part, LowResolution)
+    if step is None:
+        step = min(NOISE_LEVEL, part.most)
+    elif part.most < 0:
+        raise UserError("this model enlarges pictures without noise; leave the noise level out")
+    if step >= 0:
+        level = model.denoiser.schedule.level(torch.tensor(float(step), dtype=torch.float64))
+        picture = _noised(picture, noise.draw(), level)
+    planes = part.laid(picture, model.codec.factor, lambda larger: model.encode(larger, tiled=tiled).mean)
+    return {name: [(one, step) for one in planes]}
 
 
 def _stretched(x: Tensor, size: Sequence[int]) -> Tensor:

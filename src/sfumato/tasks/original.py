@@ -13,6 +13,7 @@ painted over shall not travel with the result.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,9 +25,11 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from sfumato.conditioners.layout import Box, layout_of
+from sfumato.conditioners.semantic import ClassMap
 from sfumato.errors import UserError
 from sfumato.images import as_mode, from_pil
-from sfumato.tasks.edit import NOISE_LEVEL, STRENGTH, Source, extended
+from sfumato.tasks.edit import STRENGTH, Source, extended
 
 Given = str | os.PathLike[str] | Image.Image
 """A picture: its file, or itself."""
@@ -41,14 +44,14 @@ class Original:
         mask: L, white where it is redrawn; None for all of it.
         depth: near is bright; None where there is no map of depths.
         strength: how far the picture is forgotten, in (0, 1].
-        noise_level: of a small picture that is enlarged.
+        noise_level: of a small picture that is enlarged; None for the model's own.
     """
 
     picture: Image.Image
     mask: Image.Image | None = None
     depth: Image.Image | None = None
     strength: float = STRENGTH
-    noise_level: int = NOISE_LEVEL
+    noise_level: int | None = None
     _said: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -72,7 +75,7 @@ class Original:
             outpaint: pixels to add (left, top, right, bottom).
             depth: inverse depth as a grey picture, near is bright.
             strength: None for 1 within a mask and 0.8 without.
-            noise_level: step of the noise before enlarging, for models that enlarge; None for 20.
+            noise_level: step of the noise before enlarging, for models that enlarge; None for the model's own.
             upscale: enlarge the picture by interpolation first, for a pass at the larger size; no mask then.
 
         Raises:
@@ -103,7 +106,7 @@ class Original:
         if noise_level is not None:
             said["noise_level"] = noise_level
         found = _opened(depth, "L") if depth is not None else None
-        return cls(opened, plane, found, strength, NOISE_LEVEL if noise_level is None else noise_level, said)
+        return cls(opened, plane, found, strength, noise_level, said)
 
     def stored(self) -> dict[str, Any]:
         """As JSON: what was given, pictures by path and hash."""
@@ -131,6 +134,44 @@ class Original:
             self.strength,
             self.noise_level,
         )
+
+
+def layout_given(given: str | os.PathLike[str] | Sequence[Any]) -> tuple[Box, ...]:
+    """A layout from a JSON file with a list of `{"label": …, "box": [x, y, width, height]}`, or from that list.
+
+    Raises:
+        UserError: for what cannot be read or is no layout.
+    """
+    if not isinstance(given, str | os.PathLike):
+        return layout_of(given)
+    path = Path(given)
+    if not path.is_file():
+        raise UserError(f"there is no layout at {path}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        raise UserError(f"{path} cannot be read as JSON, which a layout must be") from None
+    try:
+        return layout_of(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def map_restored(told: Any, given: Given | None = None) -> ClassMap:
+    """The map that was told of, where it was or where it is now. Raises `UserError` for a missing or another one."""
+    try:
+        wanted, path = str(told["sha256"]), told.get("path")
+    except (TypeError, KeyError, AttributeError):
+        raise UserError("the settings are incomplete, so the picture cannot be drawn again") from None
+    if given is None:
+        if path is None or not Path(path).is_file():
+            where = f", {path}," if path else ""
+            raise UserError(f"the map{where} is not here; name it with --map PATH")
+        given = str(path)
+    found = ClassMap.of(given)
+    if found.sha256 != wanted:
+        raise UserError("the map is another one than the picture was drawn with (its classes differ)")
+    return replace(found, path=path)
 
 
 _PICTURES = {"picture": "RGB", "mask": "L", "depth": "L"}

@@ -107,14 +107,28 @@ class BadPicture:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class View:
+    """A part of a stored picture: its left upper corner in pixels, and whether it is mirrored afterwards."""
+
+    left: int = 0
+    top: int = 0
+    mirrored: bool = False
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Pictures (B, C, H, W) uint8, labels (B,) int64, B captions, and their indices (B,) int64 in the set."""
+    """Pictures (B, C, H, W) uint8, labels (B,) int64, B captions, and their indices (B,) int64 in the set.
+
+    ``views`` says for each how it was cut from what is stored: left and top in pixels, and whether it was mirrored
+    afterwards; None where that is not known.
+    """
 
     images: Tensor
     labels: Tensor | None
     captions: list[str] | None
     indices: Tensor
+    views: list[View] | None = None
 
     def to_float(self) -> Tensor:
         """The pictures as float32 (B, C, H, W) in [-1, 1]."""
@@ -158,6 +172,7 @@ class PictureSet:
         self._cache = torch.empty((count, config.channels, side, side), dtype=torch.uint8) if fits else None
         self._filled = bytearray(count)
         self._rows = torch.arange(count)  # cache row of each picture
+        self._sizes: dict[int, tuple[int, int]] = {}  # by cache row
 
     def __len__(self) -> int:
         return len(self.records)
@@ -169,6 +184,18 @@ class PictureSet:
     def caption_of(self, i: int) -> str | None:
         """Caption of picture ``i``; None when the set has no captions."""
         return None if self._captions is None else self._captions[i]
+
+    @property
+    def cached(self) -> bool:
+        """Whether decoded pictures stay in RAM."""
+        return self._cache is not None
+
+    def size_of(self, i: int) -> tuple[int, int]:
+        """(width, height) of picture ``i`` in pixels, as its file has it, upright."""
+        row = int(self._rows[i])
+        if row not in self._sizes:
+            self._sizes[row] = self.open(i).size
+        return self._sizes[row]
 
     def open(self, i: int) -> Image.Image:
         """Picture ``i`` fully decoded and upright at its own size, ``RGB`` or ``L``."""
@@ -192,7 +219,9 @@ class PictureSet:
 
     def gather(self, indices: Sequence[int]) -> Batch:
         """The pictures of ``indices`` as a batch, without augmentation."""
-        return self._batch(torch.stack([self.load(i) for i in indices]), indices)
+        slack = (self.config.stored_size - self.config.size) // 2
+        views = [View(slack, slack)] * len(indices)
+        return self._batch(torch.stack([self.load(i) for i in indices]), indices, views)
 
     def in_order(self, batch_size: int) -> Iterator[Batch]:
         """Every picture once, in the set's order, without augmentation; the last batch may be smaller."""
@@ -208,10 +237,10 @@ class PictureSet:
         self._label_ids = self._label_ids and [self._label_ids[i] for i in keep]
         self._captions = self._captions and [self._captions[i] for i in keep]
 
-    def _batch(self, images: Tensor, indices: Sequence[int]) -> Batch:
+    def _batch(self, images: Tensor, indices: Sequence[int], views: list[View]) -> Batch:
         labels = torch.tensor([self._label_ids[i] for i in indices]) if self._label_ids is not None else None
         captions = [self._captions[i] for i in indices] if self._captions is not None else None
-        return Batch(images, labels, captions, torch.tensor(list(indices), dtype=torch.int64))
+        return Batch(images, labels, captions, torch.tensor(list(indices), dtype=torch.int64), views)
 
     def _decode(self, i: int) -> Image.Image:
         try:
@@ -224,9 +253,9 @@ class PictureSet:
         row = int(self._rows[i])
         if self._cache is not None and self._filled[row]:
             return self._cache[row]
-        image = fit_square(
-            self._decode(i), self.config.stored_size, self.config.fit, upscale=self.config.upscale
-        )
+        picture = self._decode(i)
+        self._sizes[row] = picture.size
+        image = fit_square(picture, self.config.stored_size, self.config.fit, upscale=self.config.upscale)
         pixels = np.array(image)
         tensor = torch.from_numpy(
             pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
@@ -459,19 +488,22 @@ class Batches:
         indices = [
             int(epoch_order(self.seed, p // self._count, self._count)[p % self._count]) for p in positions
         ]
-        images = torch.stack([self._augmented(i, p) for i, p in zip(indices, positions, strict=True)])
-        return self.picture_set._batch(images, indices)
+        views = [self._view(p) for p in positions]
+        images = torch.stack([self._seen(i, view) for i, view in zip(indices, views, strict=True)])
+        return self.picture_set._batch(images, indices, views)
 
-    def _augmented(self, index: int, position: int) -> Tensor:
+    def _view(self, position: int) -> View:
         config = self.picture_set.config
-        image = self.picture_set.load_stored(index)
         if not (config.flip or config.random_crop):
-            return image
+            return View()
         mirror, down, right = (int(x) for x in _random(self.seed, position, _AUGMENT).random_raw(3))
         room = config.stored_size - config.size + 1
-        top, left = down % room, right % room
-        image = image[:, top : top + config.size, left : left + config.size]
-        return image.flip(-1) if config.flip and mirror % 2 else image
+        return View(right % room, down % room, bool(config.flip and mirror % 2))
+
+    def _seen(self, index: int, view: View) -> Tensor:
+        size = self.picture_set.config.size
+        image = self.picture_set.load_stored(index)[:, view.top : view.top + size, view.left : view.left + size]
+        return image.flip(-1) if view.mirrored else image
 
     def prefetch(self, start_step: int = 0, *, ahead: int = 2) -> Generator[Batch]:
         """Batches from ``start_step`` on, without end, read ``ahead`` of time by one background thread.

@@ -29,7 +29,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from sfumato.errors import DataError
+from sfumato.conditioners.semantic import classes_of
+from sfumato.errors import DataError, UserError
 
 Fit = Literal["crop", "pad", "stretch"]
 
@@ -107,6 +108,68 @@ def _on_white(image: Image.Image) -> Image.Image:
 # fitting
 
 
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """Where the points of a picture came to lie in its square: `x' = x scale + shift` in pixels, axis by axis."""
+
+    scale: tuple[float, float]
+    shift: tuple[float, float]
+
+
+def fitted(picture: tuple[int, int], size: int, fit: Fit) -> Fitted:
+    """What `fit_square` does to the points of a picture of (width, height)."""
+    width, height = picture
+    if fit == "crop":
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        return Fitted((size / side, size / side), (-left * size / side, -top * size / side))
+    if fit == "stretch":
+        return Fitted((size / width, size / height), (0, 0))
+    inner = _padded_size(picture, size)
+    return Fitted(
+        (inner[0] / width, inner[1] / height), (float((size - inner[0]) // 2), float((size - inner[1]) // 2))
+    )
+
+
+def _padded_size(picture: tuple[int, int], size: int) -> tuple[int, int]:
+    """(width, height) of a whole picture within a square."""
+    side = max(picture)
+    return max(1, round(picture[0] * size / side)), max(1, round(picture[1] * size / side))
+
+
+def fit_map(values: np.ndarray, size: int, fit: Fit, beyond: int) -> np.ndarray:
+    """A map of classes (H, W) fitted as its picture is, each point taking the class that it falls on.
+
+    Args:
+        beyond: what stands around the picture with `fit` "pad".
+    """
+    height, width = values.shape
+    place = fitted((width, height), size, fit)
+    middles = np.arange(size) + 0.5
+    columns = np.floor((middles - place.shift[0]) / place.scale[0]).astype(np.int64)
+    rows = np.floor((middles - place.shift[1]) / place.scale[1]).astype(np.int64)
+    found = values[rows.clip(0, height - 1)[:, None], columns.clip(0, width - 1)[None]]
+    outside = ((rows < 0) | (rows >= height))[:, None] | ((columns < 0) | (columns >= width))[None]
+    return np.where(outside, beyond, found)
+
+
+def decode_map(data: bytes) -> np.ndarray:
+    """A map of classes, int16 (H, W) in 0 .. 255: the palette's indices or the grey values of a PNG.
+
+    Raises:
+        UserError: not a PNG, or one of colours.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            image.load()
+            return classes_of(image).numpy().astype(np.int16)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).strip() or type(error).__name__
+        raise DataError(f"a map of classes must be a whole PNG: {reason}") from error
+
+
 def fit_square(image: Image.Image, size: int, fit: Fit, *, upscale: bool = False) -> Image.Image:
     """Resize ``image`` to ``size`` x ``size``: Lanczos when shrinking, bicubic when enlarging.
 
@@ -128,7 +191,7 @@ def fit_square(image: Image.Image, size: int, fit: Fit, *, upscale: bool = False
         return _resize(image, (size, size), (left, top, left + side, top + side))
     if fit == "stretch":
         return _resize(image, (size, size), (0, 0, width, height))
-    inner = max(1, round(width * size / side)), max(1, round(height * size / side))
+    inner = _padded_size(image.size, size)
     canvas = Image.new(image.mode, (size, size), "white")
     canvas.paste(
         _resize(image, inner, (0, 0, width, height)), ((size - inner[0]) // 2, (size - inner[1]) // 2)
@@ -209,7 +272,10 @@ def _folder_records(pictures: list[Path], metadata: list[Path], root: Path) -> l
     described: dict[Path, dict[str, Any]] = {}
     for file in metadata:
         described.update(_read_metadata(file))
+    beside = {value for row in described.values() for value in row.values() if isinstance(value, Path)}
     plain = [Path(os.path.normpath(picture)) for picture in pictures]
+    kept = [i for i, picture in enumerate(plain) if picture not in beside or picture in described]
+    pictures, plain = [pictures[i] for i in kept], [plain[i] for i in kept]
     if lost := described.keys() - set(plain):
         raise DataError(
             f"the metadata names {min(lost)}, which is not a picture there ({len(lost)} such rows)"
@@ -250,7 +316,10 @@ def _read_text(file: Path) -> str:
 
 
 def _read_metadata(file: Path) -> dict[Path, dict[str, Any]]:
-    """Picture path to its columns; ``file_name`` is relative to the folder of the metadata file."""
+    """Picture path to its columns; ``file_name`` is relative to the folder of the metadata file.
+
+    A ``map`` that names a file there becomes its path; such files are no pictures of the set in their own right.
+    """
     rows: dict[Path, dict[str, Any]] = {}
     for number, row in _metadata_rows(file):
         if not isinstance(row, dict) or not isinstance(name := row.pop("file_name", None), str):
@@ -258,6 +327,9 @@ def _read_metadata(file: Path) -> dict[Path, dict[str, Any]]:
         target = Path(os.path.normpath(file.parent / name))
         if target in rows:
             raise DataError(f"{file} line {number} describes {name!r} a second time")
+        named = row.get("map")
+        if isinstance(named, str) and named and (beside := Path(os.path.normpath(file.parent / named))).is_file():
+            row["map"] = beside
         rows[target] = row
     return rows
 

@@ -12,10 +12,15 @@ samplers. The tables follow from a network's config.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
-from sfumato.checkpoints.keymap import CONVOLVED, FLATTENED, KeyMap, Rule
-from sfumato.errors import UserError
+import torch
+from torch import Tensor
+
+from sfumato.checkpoints.keymap import CONVOLVED, FLATTENED, KeyMap, Rule, Via
+from sfumato.errors import ModelFileError, UserError
 from sfumato.networks.autoencoder import FirstStageConfig, VQConfig
+from sfumato.networks.unet_2d import UNet2DConfig
 from sfumato.networks.unet_condition import UNet2DConditionConfig
 
 _RESNET = {
@@ -35,7 +40,12 @@ _STAGE_RESNET = {
     "nin_shortcut": "conv_shortcut",
 }
 _STAGE_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-_HAS_TEXT = {"CrossAttnDownBlock2D": True, "DownBlock2D": False, "CrossAttnUpBlock2D": True, "UpBlock2D": False}
+_HAS_ATTENTION = {
+    **dict.fromkeys(("CrossAttnDownBlock2D", "CrossAttnUpBlock2D", "AttnDownBlock2D", "AttnUpBlock2D"), True),
+    **dict.fromkeys(("DownBlock2D", "UpBlock2D", "ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"), False),
+}
+CONVOLVED_1D = Via(CONVOLVED.to_ours, lambda ours: ours[0][..., None])
+"""The weight of a 1x1 convolution over a line, (C, D, 1) <-> a linear layer's, (C, D)."""
 
 
 def _inside(theirs: str, ours: str, names: dict[str, str]) -> Iterator[Rule]:
@@ -47,18 +57,22 @@ def _inside(theirs: str, ours: str, names: dict[str, str]) -> Iterator[Rule]:
 # --- UNet ----------------------------------------------------------------------------------------------------------
 
 
-def unet_map(config: UNet2DConditionConfig) -> KeyMap:
+UNetConfig = UNet2DConditionConfig | UNet2DConfig
+
+
+def unet_map(config: UNetConfig) -> KeyMap:
     """CompVis' names of a UNet, without prefix.
 
     Raises:
         UserError: when the network has a part that their layout has no place for.
     """
     _check_has_counterpart(config)
+    last = len(config.block_out_channels) - 1
     rules = [
         *_inside("time_embed", "time_embedding", _MLP),
         Rule("input_blocks.0.0.{p}", "conv_in.{p}"),
         *_inside("middle_block.0", "mid_block.resnets.0", _RESNET),
-        Rule("middle_block.1.{rest}", "mid_block.attentions.0.{rest}"),
+        *_attention("middle_block.1", "mid_block.attentions.0", config, last),
         *_inside("middle_block.2", "mid_block.resnets.1", _RESNET),
         Rule("out.0.{p}", "conv_norm_out.{p}"),
         Rule("out.2.{p}", "conv_out.{p}"),
@@ -66,10 +80,16 @@ def unet_map(config: UNet2DConditionConfig) -> KeyMap:
     return KeyMap([*rules, *_labels(config), *_down(config), *_up(config)])
 
 
-def _check_has_counterpart(config: UNet2DConditionConfig) -> None:
+def _check_has_counterpart(config: UNetConfig) -> None:
+    told = isinstance(config, UNet2DConditionConfig)
     for kind in (*config.down_block_types, *config.up_block_types):
-        if kind not in _HAS_TEXT:
+        if kind not in _HAS_ATTENTION or (kind.startswith(("Attn", "Resnet")) and told):
             raise UserError(f"a block of type {kind!r} has no place in the layout of single files")
+    if not isinstance(config, UNet2DConditionConfig):
+        for name, wanted in (("time_embedding_type", "positional"), ("add_attention", True)):
+            if (value := getattr(config, name)) != wanted:
+                raise UserError(f"a network with {name} {value!r} has no place in the layout of single files")
+        return
     for name, only in (
         ("mid_block_type", "UNetMidBlock2DCrossAttn"),
         ("encoder_hid_dim", None),
@@ -81,43 +101,125 @@ def _check_has_counterpart(config: UNet2DConditionConfig) -> None:
         raise UserError(f"class_embed_type {config.class_embed_type!r} has no place in the layout of single files")
 
 
-def _labels(config: UNet2DConditionConfig) -> Iterator[Rule]:
+def _attention(theirs: str, ours: str, config: UNetConfig, level: int) -> Iterator[Rule]:
+    """A transformer, whose names are the same; or a self-attention over pixels, which they keep as one convolution with
+    the rows of q, k and v of one head after the other."""
+    if isinstance(config, UNet2DConditionConfig):
+        yield Rule(f"{theirs}.{{rest}}", f"{ours}.{{rest}}")
+        return
+    wide, channels = config.attention_head_dim, config.block_out_channels[level]
+    width = wide[level] if isinstance(wide, tuple) else wide or channels
+    qkv = tuple(f"{ours}.to_{part}.{{p}}" for part in "qkv")
+    yield Rule(f"{theirs}.norm.{{p}}", f"{ours}.group_norm.{{p}}")
+    for part, via in (("weight", by_head(channels // width, 3)), ("bias", by_head(channels // width, 1))):
+        yield Rule(f"{theirs}.qkv.{part}", tuple(name.format(p=part) for name in qkv), via)
+    yield Rule(f"{theirs}.proj_out.weight", f"{ours}.to_out.0.weight", CONVOLVED_1D)
+    yield Rule(f"{theirs}.proj_out.bias", f"{ours}.to_out.0.bias")
+
+
+@cache
+def by_head(heads: int, dims: int) -> Via:
+    """One tensor with the rows (q, k, v) of each of so many heads <-> the three; `dims` 3 for a convolution's weight
+    (3 C, C, 1), 1 for its bias."""
+
+    def to_ours(t: Tensor) -> tuple[Tensor, ...]:
+        if t.shape[:1].numel() % (3 * heads):
+            raise ModelFileError(f"a tensor that holds q, k and v of {heads} heads has {t.shape[0]} rows")
+        rows = t.flatten(1) if t.ndim > 1 else t
+        parted = rows.reshape(heads, 3, len(rows) // (3 * heads), *rows.shape[1:])
+        return tuple(part.flatten(0, 1).contiguous() for part in parted.unbind(1))
+
+    def to_theirs(parts: tuple[Tensor, ...]) -> Tensor:
+        parted = [part.reshape(heads, len(part) // heads, *part.shape[1:]) for part in parts]
+        rows = torch.stack(parted, dim=1).flatten(0, 2)
+        return rows[..., None] if dims == 3 else rows
+
+    return Via(to_ours, to_theirs)
+
+
+def _labels(config: UNetConfig) -> Iterator[Rule]:
     """What is added to the embedded time: a table of classes, or an embedded vector."""
     if config.num_class_embeds is not None:
         yield Rule("label_emb.{p}", "class_embedding.{p}")
     if config.class_embed_type is not None:
         yield from _inside("label_emb.0", "class_embedding", _MLP)
-    if config.addition_embed_type is not None:
+    if isinstance(config, UNet2DConditionConfig) and config.addition_embed_type is not None:
         yield from _inside("label_emb.0", "add_embedding", _MLP)
 
 
-def _down(config: UNet2DConditionConfig) -> Iterator[Rule]:
-    layers, number = config.by_level("layers_per_block"), 1
+def _layers(config: UNetConfig) -> tuple[int, ...]:
+    """Residual blocks of each level on the way down, outermost first."""
+    if isinstance(config, UNet2DConditionConfig):
+        return config.by_level("layers_per_block")
+    return (config.layers_per_block,) * len(config.block_out_channels)
+
+
+def _resampled(config: UNetConfig, kind: str, way: str) -> bool:
+    """Whether a level is resampled by a residual block."""
+    if isinstance(config, UNet2DConditionConfig):
+        return False
+    chosen = config.downsample_type if way == "down" else config.upsample_type
+    return kind.startswith("Resnet") or (kind.startswith("Attn") and chosen == "resnet")
+
+
+def _down(config: UNetConfig) -> Iterator[Rule]:
+    layers, number = _layers(config), 1
     for level, kind in enumerate(config.down_block_types):
         ours = f"down_blocks.{level}"
         for layer in range(layers[level]):
             yield from _inside(f"input_blocks.{number}.0", f"{ours}.resnets.{layer}", _RESNET)
-            if _HAS_TEXT[kind]:
-                yield Rule(f"input_blocks.{number}.1.{{rest}}", f"{ours}.attentions.{layer}.{{rest}}")
+            if _HAS_ATTENTION[kind]:
+                yield from _attention(f"input_blocks.{number}.1", f"{ours}.attentions.{layer}", config, level)
             number += 1
         if level < len(config.down_block_types) - 1:
-            yield Rule(f"input_blocks.{number}.0.op.{{p}}", f"{ours}.downsamplers.0.conv.{{p}}")
+            if _resampled(config, kind, "down"):
+                yield from _inside(f"input_blocks.{number}.0", f"{ours}.downsamplers.0", _RESNET)
+            else:
+                yield Rule(f"input_blocks.{number}.0.op.{{p}}", f"{ours}.downsamplers.0.conv.{{p}}")
             number += 1
 
 
-def _up(config: UNet2DConditionConfig) -> Iterator[Rule]:
-    layers, number, last = config.by_level("layers_per_block")[::-1], 0, len(config.up_block_types) - 1
+def _up(config: UNetConfig) -> Iterator[Rule]:
+    layers, number, last = _layers(config)[::-1], 0, len(config.up_block_types) - 1
     for block, kind in enumerate(config.up_block_types):
         ours = f"up_blocks.{block}"
         for layer in range(layers[block] + 1):
             theirs = f"output_blocks.{number}"
             yield from _inside(f"{theirs}.0", f"{ours}.resnets.{layer}", _RESNET)
-            if _HAS_TEXT[kind]:
-                yield Rule(f"{theirs}.1.{{rest}}", f"{ours}.attentions.{layer}.{{rest}}")
+            if _HAS_ATTENTION[kind]:
+                yield from _attention(f"{theirs}.1", f"{ours}.attentions.{layer}", config, last - block)
             if layer == layers[block] and block < last:
-                place = 2 if _HAS_TEXT[kind] else 1
-                yield Rule(f"{theirs}.{place}.conv.{{p}}", f"{ours}.upsamplers.0.conv.{{p}}")
+                place = f"{theirs}.{2 if _HAS_ATTENTION[kind] else 1}"
+                if _resampled(config, kind, "up"):
+                    yield from _inside(place, f"{ours}.upsamplers.0", _RESNET)
+                else:
+                    yield Rule(f"{place}.conv.{{p}}", f"{ours}.upsamplers.0.conv.{{p}}")
             number += 1
+
+
+# --- text ----------------------------------------------------------------------------------------------------------
+
+_BERT_ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+def text_map(layers: int) -> KeyMap:
+    """CompVis' names of the transformer that latent diffusion trains with its UNet, without prefix.
+
+    There attentions and feed-forwards alternate in one list; each is a norm and the layer itself.
+    """
+    rules = [
+        Rule("token_emb.{p}", "model.embed_tokens.{p}"),
+        Rule("pos_emb.emb.{p}", "model.embed_positions.{p}"),
+        Rule("norm.{p}", "model.layer_norm.{p}"),
+    ]
+    for n in range(layers):
+        ours = f"model.layers.{n}"
+        attention, forward = (f"attn_layers.layers.{2 * n + i}" for i in range(2))
+        rules.append(Rule(f"{attention}.0.{{p}}", f"{ours}.self_attn_layer_norm.{{p}}"))
+        rules += _inside(f"{attention}.1", f"{ours}.self_attn", _BERT_ATTENTION)
+        rules.append(Rule(f"{forward}.0.{{p}}", f"{ours}.final_layer_norm.{{p}}"))
+        rules += _inside(f"{forward}.1.net", ours, {"0.0": "fc1", "2": "fc2"})
+    return KeyMap(rules)
 
 
 # --- first stages --------------------------------------------------------------------------------------------------

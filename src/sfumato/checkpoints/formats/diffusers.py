@@ -31,7 +31,7 @@ from torch import Tensor
 from sfumato.checkpoints import hashes, tensors
 from sfumato.checkpoints.formats import pickles
 from sfumato.checkpoints.io import explain_os_error
-from sfumato.checkpoints.tensors import TensorFile
+from sfumato.checkpoints.tensors import Lazily, TensorFile
 from sfumato.errors import ModelFileError, UserError
 
 INDEX = "model_index.json"
@@ -70,23 +70,6 @@ class Component:
     seen: dict[str, Tensor]
     sha256: str
     notes: tuple[str, ...] = ()
-
-
-class _Read(Mapping[str, Tensor]):
-    """Tensors of several files under the names of today."""
-
-    def __init__(self, places: Mapping[str, tuple[TensorFile, str]], dtype: torch.dtype | None) -> None:
-        self._places, self._dtype = places, dtype
-
-    def __getitem__(self, name: str) -> Tensor:
-        file, stored = self._places[name]
-        return file.read(stored, self._dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
 
 
 def is_pipeline(folder: str | Path) -> bool:
@@ -145,7 +128,7 @@ def read_component(folder: Path, *, allow_pickle: bool = False, dtype: torch.dty
             places[now] = opened, name
     seen = {name: file.seen[stored] for name, (file, stored) in places.items()}
     sha256 = hashes.together(*(_sha256(folder / file) for file in shards))
-    return Component(config, _Read(places, dtype), seen, sha256, tuple(notes))
+    return Component(config, Lazily(places, dtype), seen, sha256, tuple(notes))
 
 
 def component_sha256(folder: Path) -> str:

@@ -116,7 +116,7 @@ class SingleFile:
             UserError: when it cannot be told whether the network predicts eps or v.
         """
         file, notes = pickles.open_tensors(path, allow_pickle=allow_pickle)
-        names = _unwrapped(file.seen)
+        names = unwrapped(file.seen)
         found = _detected(file, names, family, path)
         family = found.family(prediction) if found.families else None
         if family is not None and (scale := file.number(names.get("scale_factor", ""))) is not None:
@@ -151,11 +151,11 @@ class SingleFile:
             raise ModelFileError(f"{self.path} holds no {part}, only {', '.join(self.parts)}")
         table = self._tables[part]
         used = set(self.coverage.matched)
-        mine = {name: stored for name, stored in self._names.items() if name in used and table.knows(name)}
-        return table.to_ours(Lazily(self._file, mine, dtype))[0]
+        mine = {name: (self._file, s) for name, s in self._names.items() if name in used and table.knows(name)}
+        return table.to_ours(Lazily(mine, dtype))[0]
 
 
-def _unwrapped(seen: Mapping[str, Tensor]) -> dict[str, str]:
+def unwrapped(seen: Mapping[str, Tensor]) -> dict[str, str]:
     """The names that count -> the file's names; they differ where all are wrapped as `state_dict.…`."""
     wrapped = bool(seen) and all(name.startswith(_WRAPPER) or "." not in name for name in seen)
     return {name.removeprefix(_WRAPPER) if wrapped else name: name for name in seen}
