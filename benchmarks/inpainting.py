@@ -3,7 +3,7 @@
     python benchmarks/inpainting.py emoji64.parquet MODEL … [--steps 3] [--pictures 48]
 
 Held-out pictures with random masks (boxes, strokes, one side of a line); what a mask hides is filled by each model, by
-the mean colour of the rest, and by noise, and put into the picture. Told is the distance of EfficientNet-Lite0's
+the mean colour of the rest, by grey, and by noise, and put into the picture. Told is the distance of EfficientNet-Lite0's
 features to the whole picture (smaller is nearer), the mean difference to the fill of mean colour picture by picture
 with its standard error, in how many pictures it is nearer, and the largest difference outside the masks.
 """
@@ -62,6 +62,7 @@ def main() -> None:
     kept = (1 - masks)[:, None]
     mean = (x * kept).sum((2, 3)) / kept.sum((2, 3)).clamp(min=1)
     fills = {"mean colour": whole(eight_bits(mean[:, :, None, None].expand_as(x)))}
+    fills["grey"] = whole(eight_bits(torch.zeros_like(x)))
     fills["noise"] = whole(eight_bits(torch.randn(x.shape, generator=generator)))
     for name in args.models:
         system = api.load(name, device="cpu").system
