@@ -3,9 +3,10 @@
     python benchmarks/inpainting.py emoji64.parquet MODEL … [--steps 3] [--pictures 48]
 
 Held-out pictures with random masks (boxes, strokes, one side of a line); what a mask hides is filled by each model, by
-the mean colour of the rest, by grey, and by noise, and put into the picture. Told is the distance of EfficientNet-Lite0's
-features to the whole picture (smaller is nearer), the mean difference to the fill of mean colour picture by picture
-with its standard error, in how many pictures it is nearer, and the largest difference outside the masks.
+the mean colour of the rest, by grey, and by noise, and put into the picture. Told is the distance of
+EfficientNet-Lite0's features to the whole picture (smaller is nearer), the mean difference to the fill of mean colour
+picture by picture with its standard error, in how many pictures it is nearer, and the largest difference outside the
+masks.
 """
 
 from __future__ import annotations
