@@ -20,6 +20,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -111,9 +112,12 @@ def why_not(module: nn.Module, given: tuple[Any, ...]) -> str | None:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in the arguments of a call."""
+    """All tensors in the arguments or the result of a call, however they are put together."""
     if isinstance(value, Tensor):
         yield value
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from tensors_in(getattr(value, field.name))
     elif isinstance(value, Mapping):
         for inner in value.values():
             yield from tensors_in(inner)

@@ -242,8 +242,12 @@ def take_over(
 
 def _as_computed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """In a type (whole numbers keep theirs), filters channels-last: kernels round otherwise in another layout."""
-    layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
-    return tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, memory_format=layout)
+    return tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, memory_format=layout_of(tensor))
+
+
+def layout_of(weight: Tensor) -> torch.memory_format:
+    """The layout that networks compute with: channels-last for filters of convolutions."""
+    return torch.channels_last if weight.ndim == 4 else torch.preserve_format
 
 
 def check_fit(module: torch.nn.Module, tensors: Mapping[str, Tensor], *, what: str) -> None:

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.checkpoints.io import check_is_file, explain_os_error, read_header, replacing
+from sfumato.checkpoints.io import check_is_file, explain_os_error, layout_of, read_header, replacing
 from sfumato.errors import ModelFileError, UserError
 
 TYPES = {
@@ -127,8 +127,7 @@ class TensorFile:
             if not got:
                 raise ModelFileError(f"{self.path} ends before the tensor {name}")
             done += got
-        layout = torch.channels_last if stored.ndim == 4 else torch.preserve_format
-        return buffer.view(stored.dtype).view(stored.shape).to(dtype, memory_format=layout, copy=True)
+        return buffer.view(stored.dtype).view(stored.shape).to(dtype, memory_format=layout_of(stored), copy=True)
 
     def number(self, name: str) -> float | None:
         """The value of a tensor that holds one number; None if there is no such tensor."""

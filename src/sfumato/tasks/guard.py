@@ -18,13 +18,13 @@ the codec's decoder gave values that are not finite in float16; it goes on in fl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from sfumato.backends.driven import tensors_in
 from sfumato.diffusion.denoiser import Prediction
 from sfumato.diffusion.guidance import DenoiseFn
 from sfumato.diffusion.level import NoiseLevel
@@ -129,19 +129,8 @@ def _of_prediction(prediction: Prediction) -> Iterator[Tensor]:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """All floating tensors in a result, however they are put together."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif is_dataclass(value) and not isinstance(value, type):
-        for field in fields(value):
-            yield from _tensors(getattr(value, field.name))
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _tensors(inner)
-    elif isinstance(value, tuple | list):
-        for inner in value:
-            yield from _tensors(inner)
+    """All floating tensors in a result."""
+    return (tensor for tensor in tensors_in(value) if tensor.is_floating_point())
 
 
 def _damage(networks: Sequence[nn.Module]) -> str:
