@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from sfumato import __version__, models
-from sfumato.backends import registry
+from sfumato.backends import registry, winograd
 from sfumato.backends.attention import chosen, using
 from sfumato.backends.fast import FastSettings, level
 from sfumato.checkpoints.formats.families import Prediction, family_named
@@ -78,6 +78,7 @@ class Model:
         tiles: whether the codec works in tiles: auto (where memory is short), always, never.
         kernel: of attention, by name; auto for the fastest here, by a short measurement.
         backend: who computes the networks: torch, compile or openvino.
+        convolution: how torch computes 3x3 convolutions (`backends.winograd.ALGORITHMS`).
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Model:
         tiles: str = "auto",
         kernel: str = "auto",
         backend: str = "auto",
+        convolution: str = "auto",
     ) -> None:
         if not isinstance(opened.system, DDPM | Latent):
             raise UserError(f"{name} holds a {opened.system.kind} model, which draws nothing by itself")
@@ -109,7 +111,8 @@ class Model:
         for network in networks.values():
             network.to(self.device, DTYPES[self.dtype])
             network.to(memory_format=registry.BACKENDS[self.backend].memory_format)  # type: ignore[call-overload]
-        registry.engage(self.backend, networks, self.device, DTYPES[self.dtype])
+        self.convolution = self._convolution(convolution)
+        registry.engage(self.backend, networks, self.device, DTYPES[self.dtype], self.convolution)
 
     @property
     def denoiser(self) -> Denoiser:
@@ -389,6 +392,7 @@ class Model:
         with using(self._kernel()):
             pictures = self._edited(original, how) if original is not None else self._drawn(settings, how)
             made = environment(self.device) | registry.made_with(self.backend)
+            made |= {"convolution": self.convolution} if self.convolution != "direct" else {}
         together = {"seed": first, "asked": [one.stored() for one in asked]} | ({"same_seed": True} if same else {})
         shared = settings | {"made_with": made}
         return [
@@ -402,6 +406,14 @@ class Model:
             return KERNELS[self.kernel]
         own = attention_kernel()
         return own if own is not sdpa else KERNELS[chosen(DTYPES[self.dtype], self.device)]
+
+    def _convolution(self, asked: str) -> str:
+        """How torch computes convolutions: as asked, else the fastest here. Raises `UserError` for an unknown way."""
+        if asked not in ("auto", *winograd.ALGORITHMS):
+            raise_unknown("way of convolving", asked, ["auto", *winograd.ALGORITHMS])
+        if self.backend != "torch":
+            return "direct"
+        return winograd.chosen(DTYPES[self.dtype], self.device) if asked == "auto" else asked
 
     def _drawn(self, settings: Mapping[str, Any], how: dict[str, Any]) -> list[Image.Image]:
         """New pictures, with a second pass at a larger size where that was asked."""
@@ -606,6 +618,7 @@ def load(
     tiles: str = "auto",
     kernel: str = "auto",
     backend: str = "auto",
+    convolution: str = "auto",
 ) -> Model:
     """Open a model: a name from the box, a model file, a run, a checkpoint, a single file or a folder of Stable
     Diffusion.
@@ -622,6 +635,8 @@ def load(
         tiles: whether large pictures go through the codec in tiles: auto (where memory is short), always, never.
         kernel: of attention: auto (the fastest here, by a short measurement), sdpa, blocks, adaptive or math.
         backend: who computes the networks: auto (torch), torch, compile (torch.compile) or openvino (on the CPU).
+        convolution: how torch computes 3x3 convolutions: auto (the fastest here, by a short measurement), direct or
+            winograd.
 
     Raises:
         UserError: in one sentence, when it cannot be opened.
@@ -641,11 +656,18 @@ def load(
     opened = open_system(
         found, allow_pickle=allow_pickle, prediction=prediction, averaged=averaged, vae=vae, dtype=DTYPES[kind]
     )
-    return Model(opened, name, device=device, dtype=kind, tiles=tiles, kernel=kernel, backend=backend)
+    return Model(
+        opened, name, device=device, dtype=kind, tiles=tiles, kernel=kernel, backend=backend, convolution=convolution
+    )
 
 
 def random_model(
-    family: str, *, device: str = "auto", dtype: str = "float32", backend: str = "auto"
+    family: str,
+    *,
+    device: str = "auto",
+    dtype: str = "float32",
+    backend: str = "auto",
+    convolution: str = "auto",
 ) -> Model:
     """A model of a published layout with random weights: for measuring, not for drawing.
 
@@ -657,7 +679,10 @@ def random_model(
         system = Latent.create(config_of(family_named(family)))
     for network in system.networks().values():
         network.eval()
-    return Model(Opened(system, Path(), ""), f"random {family}", device=device, dtype=dtype, backend=backend)
+    return Model(
+        Opened(system, Path(), ""), f"random {family}", device=device, dtype=dtype, backend=backend,
+        convolution=convolution,
+    )  # fmt: skip
 
 
 def _fitting_dtype(path: Path, device: torch.device) -> str:

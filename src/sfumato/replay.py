@@ -112,7 +112,7 @@ def _model_of(
     kernel = made.get("kernel") if made.get("kernel") in KERNELS else "auto"
     opened = load(
         found, device=device, dtype=dtype, vae=stage, allow_pickle=allow_pickle, kernel=kernel,
-        backend=str(settings.get("backend", "torch")), **opening,
+        backend=str(settings.get("backend", "torch")), convolution=str(made.get("convolution", "direct")), **opening,
     )  # fmt: skip
     if opened.sha256 != wanted:
         raise UserError(f"{path} was drawn by model {wanted[:10]}, but {found} is {opened.sha256[:10]}")

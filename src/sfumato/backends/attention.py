@@ -23,9 +23,12 @@ from functools import cache
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.profiler import record_function
 
 from sfumato.networks.attention import KERNELS, Kernel, sdpa, set_attention_kernel
 
+SCOPE = "sfumato::attention"
+"""What a profile calls the whole of it."""
 ROWS = 512
 """Queries in a block: its scores at 4,096 keys are 4 MB in bfloat16, about a core's share of the cache."""
 LEAST = 1024
@@ -45,7 +48,8 @@ def blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if mask is not None or trained or q.device.type != "cpu":
         return sdpa(q, k, v, mask, scale)
-    return _blocks(q, k, v, scale)
+    with record_function(SCOPE):
+        return _blocks(q, k, v, scale)
 
 
 def _blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sfumato.backends import compiled, openvino
+from sfumato.backends import compiled, openvino, winograd
 from sfumato.backends.driven import Engine, drive, release
 from sfumato.errors import raise_unknown
 
@@ -64,12 +64,19 @@ def check(name: str, device: torch.device, dtype: torch.dtype) -> None:
         backend.engine(device, dtype)
 
 
-def engage(name: str, networks: Mapping[str, nn.Module], device: torch.device, dtype: torch.dtype) -> None:
+def engage(
+    name: str,
+    networks: Mapping[str, nn.Module],
+    device: torch.device,
+    dtype: torch.dtype,
+    convolution: str = "direct",
+) -> None:
     """Let a backend compute a model's networks from now on.
 
     Args:
         name: one of `BACKENDS`.
         networks: of a model by the names of its file ("network", "codec", …), on `device` and of `dtype`.
+        convolution: of `winograd.ALGORITHMS`, where torch computes; the others have their own.
 
     Raises:
         UserError: where the backend is not installed, or cannot compute there or in that type.
@@ -78,8 +85,11 @@ def engage(name: str, networks: Mapping[str, nn.Module], device: torch.device, d
     engine = backend.engine(device, dtype) if backend.engine is not None else None
     for module, unit in parts(networks):
         release(module)
+        winograd.release(module)
         if engine is not None:
             drive(module, engine, unit=unit, name=name)
+        elif convolution == "winograd":
+            winograd.engage(module)
 
 
 def parts(networks: Mapping[str, nn.Module]) -> Iterator[tuple[nn.Module, int]]:

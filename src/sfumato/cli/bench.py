@@ -34,6 +34,7 @@ def bench(
     kernel: Annotated[list[str] | None, typer.Option(help="Attention kernels. [sdpa and adaptive]")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="Types. [float32 and bfloat16]")] = None,
     backend: Annotated[list[str] | None, typer.Option(help="torch, compile, openvino. [torch]")] = None,
+    convolution: Annotated[str, typer.Option(help="Of torch: auto, direct, winograd.")] = "auto",
     repeat: Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Timings of each part.")] = 3,
     device: Device = "auto",
     profile: Annotated[bool, typer.Option("--profile", help="Where a step's time goes, by kind of layer.")] = False,
@@ -43,7 +44,7 @@ def bench(
 ) -> None:
     """Time guided steps and the decoder, with memory, and the share of the machine's own rate that they reach."""
     import sfumato.backends.attention  # noqa: F401  (its kernels are known by name from here on)
-    from sfumato.backends import registry
+    from sfumato.backends import registry, winograd
     from sfumato.networks.attention import KERNELS
 
     kernels, dtypes, backends = kernel or ["sdpa", "adaptive"], dtype or list(DTYPES), backend or ["torch"]
@@ -53,6 +54,8 @@ def bench(
     for name in dtypes:
         if name not in (*DTYPES, "float16"):
             raise_unknown("dtype", name, (*DTYPES, "float16"))
+    if convolution not in ("auto", *winograd.ALGORITHMS):
+        raise_unknown("way of convolving", convolution, ("auto", *winograd.ALGORITHMS))
     for name in backends:
         if registry.chosen(name) != "torch" and profile:
             raise UserError(f"--profile is torch's and sees nothing of backend {name}; leave one of them out")
@@ -62,14 +65,14 @@ def bench(
         raise UserError("--model and --random each say what is measured; give one of them")
     if one:
         print(json.dumps(_measure(model, random, width, height, batch, kernels[0], dtypes[0], repeat, device, profile,
-                                  allow_pickle, backends[0])))  # fmt: skip
+                                  allow_pickle, backends[0], convolution)))  # fmt: skip
         return
     shared = [] if model is None else ["--model", model]
     shared += [] if random is None else ["--random", random]
     shared += [] if width is None else ["--width", str(width)]
     shared += [] if height is None else ["--height", str(height)]
     shared += ["--batch", str(batch), "--repeat", str(repeat), "--device", device, *["--profile"] * profile]
-    shared += ["--allow-pickle"] * allow_pickle
+    shared += [*["--allow-pickle"] * allow_pickle, "--convolution", convolution]
     ways = [(by, name) for by in backends for name in (kernels[:1] if by == FOREIGN else kernels)]
     found = [
         _in_a_process([*shared, "--backend", by, "--kernel", name, "--dtype", kind])
@@ -95,7 +98,7 @@ def _in_a_process(arguments: list[str]) -> dict[str, Any]:
 
 def _measure(
     model: str | None, random: str | None, width: int | None, height: int | None, batch: int, kernel: str, dtype: str,
-    repeat: int, device: str, profile: bool, allow_pickle: bool, backend: str,
+    repeat: int, device: str, profile: bool, allow_pickle: bool, backend: str, convolution: str,
 ) -> dict[str, Any]:  # fmt: skip
     from dataclasses import asdict
 
@@ -104,15 +107,16 @@ def _measure(
     from sfumato.tasks.bench import measured, shares
 
     set_attention_kernel(kernel)
+    how = {"device": device, "dtype": dtype, "backend": backend, "convolution": convolution}
     if random is not None:
-        opened = api.random_model(random, device=device, dtype=dtype, backend=backend)
+        opened = api.random_model(random, **how)
     else:
-        opened = api.load(model, device=device, dtype=dtype, allow_pickle=allow_pickle, backend=backend)
+        opened = api.load(model, allow_pickle=allow_pickle, **how)
     size = opened.system.config.size
     w, h = width or size, height or size
     speed = measured(opened.system, w, h, batch=batch, repeat=repeat)
     known = {"model": opened.name, "width": w, "height": h, "batch": batch, "kernel": kernel, "dtype": dtype}
-    known["backend"] = opened.backend
+    known |= {"backend": opened.backend, "convolution": opened.convolution}
     known |= asdict(speed) | {"share": speed.share}
     return known | ({"profile": shares(opened.system, w, h, batch=batch)} if profile else {})
 
@@ -121,7 +125,8 @@ def _way(row: dict[str, Any]) -> str:
     """Who computed, in a few words: torch's attention kernel, or the backend."""
     if row["backend"] == FOREIGN:
         return FOREIGN
-    return str(row["kernel"]) if row["backend"] == "torch" else f"{row['backend']}, {row['kernel']}"
+    parts = [row["kernel"], *[row["convolution"]] * (row["convolution"] != "direct")]
+    return ", ".join(parts if row["backend"] == "torch" else [row["backend"], row["kernel"]])
 
 
 def _table(found: list[dict[str, Any]], steps: int, batch: int) -> None:

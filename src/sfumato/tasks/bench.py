@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from sfumato.backends import attention, winograd
 from sfumato.condition import Condition
 from sfumato.diffusion.level import NoiseLevel
 from sfumato.networks.unet_condition import UNet2DConditionModel
@@ -160,16 +161,28 @@ def shares(model: Drawing, width: int, height: int, *, batch: int = 1, guided: b
     with torch.profiler.profile() as profiled:
         model.denoiser(x, level, condition, None)
     found = dict.fromkeys((*KINDS, "rest"), 0.0)
-    for event in profiled.key_averages():
-        kind = next((kind for kind, parts in KINDS.items() if any(part in event.key for part in parts)), "rest")
-        found[kind] += event.self_cpu_time_total / 1e6
+    for event in profiled.events():
+        found[_kind(event)] += event.self_cpu_time_total / 1e6
     return found
 
 
 KINDS = {
-    "attention": ("scaled_dot_product", "flash_attention", "softmax", "bmm", "aten::mm"),
-    "convolution": ("convolution", "conv2d", "conv_transpose"),
-    "linear": ("addmm", "linear", "mkldnn_linear"),
+    "attention": (attention.SCOPE, "scaled_dot_product", "flash_attention", "softmax", "bmm"),
+    "convolution": (winograd.SCOPE, "convolution", "conv2d", "conv_transpose"),
+    "linear": ("addmm", "aten::mm", "linear", "mkldnn_linear"),
     "norm": ("native_group_norm", "native_layer_norm", "var_mean"),
 }
-"""Parts of the names of torch's operations, by kind; the products of attention in blocks are `mm`."""
+"""Parts of the names of torch's operations, by kind."""
+
+
+def _kind(event: Any) -> str:
+    """The kind of a profiled operation: that of what it is a part of, if that has one; else its own."""
+    names = []
+    while event is not None:
+        names.append(event.key)
+        event = event.cpu_parent
+    for name in reversed(names):
+        for kind, parts in KINDS.items():
+            if any(part in name for part in parts):
+                return kind
+    return "rest"

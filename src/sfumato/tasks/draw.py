@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sfumato.backends.fast import FastSettings, applied
+from sfumato.backends.winograd import holding
 from sfumato.conditioners.layout import Coordinates
 from sfumato.conditioners.shown import LowResolution, Masked, Shown
 from sfumato.diffusion import grid as grids
@@ -82,7 +83,8 @@ def draw(
 
 def shown_picture(model: Drawing, latents: Tensor, tiled: bool) -> Tensor:
     """Latents to pictures, once more in float32 where half precision overflows."""
-    return guard.decoded(lambda: model.pictures(latents, tiled=tiled), model.codec.network, LOG.warning)
+    with holding(model.codec.network):
+        return guard.decoded(lambda: model.pictures(latents, tiled=tiled), model.codec.network, LOG.warning)
 
 
 def draw_latents(
@@ -108,7 +110,7 @@ def draw_latents(
     seen = dict(shown) if shown is not None else _nothing_shown(model, len(seeds), noise.shape)
     denoise = guided(model, said, guided_less(guidance, fast), seen)
     x = begun(model, first_noise(noise, said), levels[0])
-    with saving(model, fast):
+    with saving(model, fast), holding(model.denoiser.network):
         drawn = sample(denoise, method, x, levels, model.denoiser.schedule, noise=noise, on_step=on_step)
     return completed(model, drawn, seen)
 

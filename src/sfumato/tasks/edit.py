@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfumato.backends.fast import FastSettings
+from sfumato.backends.winograd import holding
 from sfumato.conditioners.layout import Coordinates
 from sfumato.conditioners.shown import Depth, LowResolution, Masked, agreeing
 from sfumato.diffusion.grid import Grid
@@ -189,7 +190,7 @@ def edit_latents(
     x = begun(model, z, levels[0]) if alone or z0 is None else _noised(z0, z, levels[0])
     if source.mask is not None and z0 is not None and _part(model, Masked) is None:
         on_step = chain(_known(z0, z, _cells(source.mask.to(x), shape, model), levels[-1]), on_step)
-    with saving(model, fast):
+    with saving(model, fast), holding(model.denoiser.network):
         drawn = sample(denoise, method, x, levels, model.denoiser.schedule, noise=noise, on_step=on_step)
     return completed(model, drawn, shown)
 
@@ -270,7 +271,8 @@ def _padded(picture: Tensor, shape: Sequence[int], model: Drawing, scale: int) -
 
 def _encoded(model: Drawing, pictures: Tensor, noise: NoiseSource, tiled: bool) -> Tensor:
     """Latents drawn from what the codec makes of pictures, each by its own stream."""
-    moments = guard.encoded(lambda: model.encode(pictures, tiled=tiled), model.codec.network, LOG.warning)
+    with holding(model.codec.network):
+        moments = guard.encoded(lambda: model.encode(pictures, tiled=tiled), model.codec.network, LOG.warning)
     return moments.mean if moments.std is None else moments.mean + moments.std * noise.draw()
 
 
