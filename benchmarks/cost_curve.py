@@ -3,9 +3,9 @@
     python benchmarks/cost_curve.py [--sizes 256 512 768] [--batches 1 2 4] [--out cost_curve.json] [--plot cost.png]
 
 Random weights of the published size, bfloat16, channels-last on both sides; ours is the library's default path. Every
-point is a process of its own: a guided step (both branches in one call), the better of two after one to warm up, and
-the most memory that the process has held by then (ru_maxrss), which counts libraries and weights. The two sides of a
-point follow one another. Prints a table; `--plot` draws it (matplotlib).
+point is a process of its own: a guided step (both branches in one call), the better of two after one to warm up (the
+one after it where a step is longer than two of 512 pixels), and the most memory that the process has held by then
+(ru_maxrss), which counts libraries and weights. The two sides of a point follow one another. Prints a table; `--plot` draws it (matplotlib).
 """
 
 from __future__ import annotations
@@ -24,34 +24,43 @@ context = torch.randn(2 * batch, 77, 768, generator=torch.Generator().manual_see
 def told(step):
     seconds = []
     with torch.no_grad():
-        for _ in range(3):
+        for _ in range(3 if size * size * batch <= 2 * 512 ** 2 else 2):
             began = time.perf_counter()
             step()
             seconds.append(time.perf_counter() - began)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"step": min(seconds[1:]), "memory": memory}))
+def filled(make):
+    # random weights, quickly: a million numbers again and again
+    with torch.device("meta"):
+        network = make()
+    network = network.to(torch.bfloat16).to_empty(device="cpu").eval().requires_grad_(False)
+    some = torch.randn(2 ** 20, generator=torch.Generator().manual_seed(2)).mul_(0.02).bfloat16()
+    for parameter in network.parameters():
+        flat = parameter.view(-1)
+        for start in range(0, len(flat), len(some)):
+            part = flat[start : start + len(some)]
+            part.copy_(some[: len(part)])
+    return network.to(memory_format=torch.channels_last)
 """
 OURS = COMMON + """
+from sfumato.backends import registry, winograd
 from sfumato.backends.attention import chosen, using
 from sfumato.condition import Condition
 from sfumato.networks.unet_condition import UNet2DConditionConfig, UNet2DConditionModel
-torch.set_default_dtype(torch.bfloat16)
-network = UNet2DConditionModel(UNet2DConditionConfig(sample_size=64, cross_attention_dim=768))
-torch.set_default_dtype(torch.float32)
-network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+network = filled(lambda: UNet2DConditionModel(UNet2DConditionConfig(sample_size=64, cross_attention_dim=768)))
+cpu, half = torch.device("cpu"), torch.bfloat16
+registry.engage("torch", {"network": network}, cpu, half, winograd.chosen(half, cpu))
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.systems.config import ScheduleConfig
 denoiser = Denoiser(network, ScheduleConfig(name="scaled_linear").build())
 level = denoiser.schedule.level(torch.tensor(500.0, dtype=torch.float64))
-with using(chosen(torch.bfloat16, torch.device("cpu"))):
+with using(chosen(half, cpu)):
     told(lambda: denoiser(x, level, Condition(context=context), None))
 """
 THEIRS = COMMON + """
 from diffusers import UNet2DConditionModel
-torch.set_default_dtype(torch.bfloat16)
-network = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-torch.set_default_dtype(torch.float32)
-network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+network = filled(lambda: UNet2DConditionModel(sample_size=64, cross_attention_dim=768))
 x, context = x.bfloat16(), context.bfloat16()
 told(lambda: network(x, torch.tensor(500), context, return_dict=False))
 """

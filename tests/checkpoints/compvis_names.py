@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sfumato.checkpoints.formats.families import FAMILIES, Family
-from sfumato.checkpoints.formats.open_clip import CLIPTextConfig
 from sfumato.networks.autoencoder import AutoencoderConfig
+from sfumato.networks.clip_text import CLIPTextConfig
 from sfumato.networks.unet_condition import UNet2DConditionConfig
 
 Shapes = dict[str, tuple[int, ...]]

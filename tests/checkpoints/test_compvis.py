@@ -13,7 +13,6 @@ from sfumato.checkpoints.formats.families import FAMILIES, VAE_F4, VAE_F8
 from sfumato.checkpoints.formats.open_clip import (
     CLIP_L,
     OPEN_CLIP_H,
-    CLIPTextConfig,
     clip_map,
     ignored_of_open_clip,
     open_clip_map,
@@ -22,6 +21,7 @@ from sfumato.checkpoints.formats.single_file import meta_tensors
 from sfumato.checkpoints.keymap import KeyMap
 from sfumato.errors import UserError
 from sfumato.networks.autoencoder import AutoencoderConfig, VQConfig, VQModel
+from sfumato.networks.clip_text import CLIPTextConfig
 from sfumato.networks.unet_condition import UNet2DConditionConfig
 
 from .compvis_names import F4, F8, UNETS, clip, on_meta, open_clip, stage, unet

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sfumato.condition import Condition
-from sfumato.conditioners.clip_prompt import ClipPrompt, ClipTower, Prompt
+from sfumato.conditioners.clip_prompt import ClipPrompt, Prompt
+from sfumato.conditioners.clip_tokens import clip_tokenizer
 from sfumato.conditioners.prompt import DIALECTS
-from sfumato.conditioners.vocabulary import clip_tokenizer
 from sfumato.errors import UserError
 from sfumato.systems.asked import Asked
 from sfumato.tasks.draw import draw_latents
@@ -30,9 +30,7 @@ def reader(pad: int = END, skip: int = 0, final_norm: bool = True) -> ClipPrompt
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         made = ClipPrompt(TOWER, pad=pad, skip=skip, final_norm=final_norm)
-    tower = made.network
-    assert isinstance(tower, ClipTower)
-    for name, weights in tower.named_parameters():  # transformers begins with weights that hardly tell words apart
+    for name, weights in made.network.named_parameters():  # CLIP begins with weights that hardly tell words apart
         weights.data.mul_(1 if name.endswith("bias") or "norm" in name else 5)
     return made
 
@@ -46,9 +44,9 @@ def states(*inputs: str | Prompt | None, pad: int = END) -> Tensor:
 @torch.no_grad()
 def by_hand(ids: list[int], layer: int = -1, *, norm: bool = True) -> Tensor:
     """States of one window, straight from the tower."""
-    inner = reader().network.text_model
-    hidden: Tensor = inner(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[layer]
-    return inner.final_layer_norm(hidden)[0] if norm else hidden[0]
+    tower = reader().network
+    hidden: Tensor = tower(torch.tensor([ids])).hidden_states[layer]
+    return tower.text_model.final_layer_norm(hidden)[0] if norm else hidden[0]
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -60,7 +58,7 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 @pytest.mark.parametrize("pad", [END, 0])
 def test_a_window_is_padded_as_the_model_was_trained(pad: int) -> None:
-    (hat,) = clip_tokenizer()("hat", add_special_tokens=False)["input_ids"]
+    (hat,) = clip_tokenizer().ids("hat")
     assert close(states("hat", pad=pad)[0], by_hand([START, hat, END, *[pad] * 74]))
     assert close(states("", pad=pad)[0], by_hand([START, END, *[pad] * 75]))
     assert not close(states("hat", pad=END), states("hat", pad=0))
@@ -68,7 +66,7 @@ def test_a_window_is_padded_as_the_model_was_trained(pad: int) -> None:
 
 def test_exclamation_marks_are_words_and_no_padding() -> None:
     """Id 0 is "!" in the midst of a word; one that ends a word is 256, as OpenCLIP reads it."""
-    (mark,) = clip_tokenizer()("!", add_special_tokens=False)["input_ids"]
+    (mark,) = clip_tokenizer().ids("!")
     assert mark == 256
     assert close(states("!", pad=0)[0], by_hand([START, 256, END, *[0] * 74]))
 
@@ -181,7 +179,7 @@ def test_emphasis_is_renormalised() -> None:
 @pytest.mark.parametrize("norm", [True, False])
 def test_skipped_layers(skip: int, norm: bool) -> None:
     """Said with the prompt, or the model's own; the last layer norm follows where the model has it so."""
-    (hat,) = clip_tokenizer()("hat", add_special_tokens=False)["input_ids"]
+    (hat,) = clip_tokenizer().ids("hat")
     expected = by_hand([START, hat, *[END] * 75], -(skip + 1), norm=norm)
     said = reader(final_norm=norm).encode([Prompt("hat", skip=skip)]).context
     own = reader(skip=skip, final_norm=norm).encode(["hat"]).context

@@ -17,12 +17,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfumato.conditioners import vocabulary
+from sfumato.conditioners import clip_tokens, vocabulary
 from sfumato.conditioners.clip import PromptEncoder, check_skip, text_tower
+from sfumato.conditioners.clip_tokens import ClipTokenizer
 from sfumato.conditioners.prompt import Reading
 from sfumato.errors import ModelFileError, UserError
+from sfumato.networks.clip_text import CLIPTextConfig, CLIPTextModel
 
 START, END = 49406, 49407
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 
 # ids without marks. The first two are published in Apple's ml-stable-diffusion (StableDiffusionTests.swift); the others
 # are what OpenAI's own `SimpleTokenizer` (clip-anytorch 2.6.0, with ftfy) gives.
@@ -56,23 +59,35 @@ PUBLISHED = [
 
 
 @functools.cache
-def tokenizer() -> Any:
-    return vocabulary.clip_tokenizer()
+def tokenizer() -> ClipTokenizer:
+    return clip_tokens.clip_tokenizer()
 
 
 @functools.cache
-def tower(eos: int = END) -> Any:
+def their_tokenizer() -> Any:
+    from transformers import CLIPTokenizer
+
+    tokens, merges = vocabulary.tables()
+    return CLIPTokenizer(vocab=dict(tokens), merges=list(merges))
+
+
+@functools.cache
+def their_tower() -> Any:
     """A tiny tower over the whole vocabulary; weights larger than at the start, so that every token matters."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
-    config = CLIPTextConfig(**sizes, bos_token_id=START, eos_token_id=eos)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = CLIPTextModel(config).eval().requires_grad_(False)
+        model = CLIPTextModel(CLIPTextConfig(**SIZES)).eval().requires_grad_(False)
         for p in model.parameters():
             p.data.normal_(std=0.4)
     return model
+
+
+@functools.cache
+def tower(eos: int = END) -> CLIPTextModel:
+    """Ours with the same weights."""
+    return text_tower(SIZES | {"eos_token_id": eos}, their_tower().state_dict(), what="their weights")
 
 
 def ids(*parts: list[int], pad: int = END) -> list[int]:
@@ -82,7 +97,7 @@ def ids(*parts: list[int], pad: int = END) -> list[int]:
 
 def run(rows: list[list[int]], mask: list[list[int]] | None = None) -> Any:
     with torch.no_grad():
-        return tower()(
+        return their_tower()(
             input_ids=torch.tensor(rows),
             attention_mask=None if mask is None else torch.tensor(mask),
             output_hidden_states=True,
@@ -114,7 +129,7 @@ def test_a_damaged_file_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("text", "expected"), PUBLISHED)
 def test_published_ids(text: str, expected: list[int]) -> None:
-    assert tokenizer()(text)["input_ids"] == [START, *expected, END]
+    assert tokenizer().ids(text) == expected
 
 
 @pytest.fixture(scope="module")
@@ -133,19 +148,151 @@ def from_files(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_the_same_as_from_files(from_files: Any) -> None:
-    ours = tokenizer()
-    assert ours.get_vocab() == from_files.get_vocab() and len(ours) == 49408
-    for name in ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id", "model_max_length"):
-        assert getattr(ours, name) == getattr(from_files, name)
-    texts = [text for text, _ in PUBLISHED] + ["word " * 90]
-    options = {"padding": "max_length", "truncation": True, "max_length": 77}
-    assert ours(texts, **options)["input_ids"] == from_files(texts, **options)["input_ids"]
+    check(tokenizer(), from_files, [*(text for text, _ in PUBLISHED), "word " * 90])
 
 
-@settings(max_examples=60)
-@given(text=st.text(max_size=40))
-def test_any_text_as_from_files(from_files: Any, text: str) -> None:
-    assert tokenizer()(text)["input_ids"] == from_files(text)["input_ids"]
+def check(ours: ClipTokenizer, theirs: Any, texts: list[str]) -> None:
+    """The same marks, ids, pieces and offsets."""
+    marks = (theirs.bos_token_id, theirs.eos_token_id, theirs.unk_token_id, theirs.pad_token_id)
+    assert (ours.start, ours.end, ours.unknown, ours.pad) == marks
+    for text in texts:
+        expected = theirs(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        found = ours.read(text)
+        assert [piece.id for piece in found] == ours.ids(text) == expected["input_ids"], text
+        assert [piece.text for piece in found] == theirs.convert_ids_to_tokens(expected["input_ids"]), text
+        assert [piece.span for piece in found] == expected["offset_mapping"], text
+
+
+NASTY = [
+    "", " ", "\n\t \r\n", "a\x00b", "\ufeffbom", "soft\u00adhyphen", "zero\u200bwidth\u200djoiner",
+    "a\u2028b\u2029c\x85d", "e\u0301 \u00e9 E\u0301", "\u212b \u2126 \ufb01 \uff21\uff22", "\u1e9b\u0323",
+    "İstanbul ıI ſ ẞ ΑΣ ς", "n\u0303\u0303o", "don't DON'T 'tis rock'n'roll it''s 're 'VE’s",
+    "1234567 ½ ² Ⅳ ٣ ১", "a_b-c--d...e!?!? (x)[y]{z}<w>", "C++ C# @me #tag $5 50%",
+    "https://example.org/a?b=c&d=e", "<|startoftext|>", "a <|endoftext|> b", "<|ENDOFTEXT|>",
+    "<|endoftext|><|endoftext|>x", "< |endoftext| >", "<|endoftex", "</w> a</w> cat</w>", "Ġword Ċ ġ",
+    "🐈 👩‍👩‍👧‍👦 🏳️‍🌈 🇫🇷 ☃️ 👍🏽", "猫と犬 漢字かな交じり文 한국어 ภาษาไทย", "العربية עברית हिन्दी",
+    "𝕬𝖇𝖈 𝟙𝟚 \U000e0001", "\u0300", "word ", "x", "ñ", "a\u00a0b\u3000c\u2009d\u1680e",
+    "Straße NAÏVE façade Œuvre Ǆ ǅ", "\ud7ff\ue000\uffff", "tab\tin\vthe\fmiddle", "'", "''", "'s", "’s",
+    "o'clock's",
+]  # fmt: skip
+
+
+def test_nasty_texts_as_transformers() -> None:
+    check(tokenizer(), their_tokenizer(), NASTY)
+
+
+SIGNS = "aeiou 'strvmldnT’\u0301éÉ1½<|>endofx/\n\u00a0🐈猫!.,"
+
+
+@settings(max_examples=300)
+@given(text=st.one_of(st.text(max_size=40), st.text(SIGNS, max_size=40)))
+def test_any_text_as_transformers(text: str) -> None:
+    check(tokenizer(), their_tokenizer(), [text])
+
+
+LETTERS = ["a", "b", "c", "t", "!", "a</w>", "b</w>", "c</w>", "t</w>", "!</w>", "ca", "cat</w>"]
+TEXTS = ["", "Cat a!", "<S>cat<e> b", "cat <new> cat<pad>", "<NEW>  <new>! <other>", "dog! < new >"]
+TEXTS += ["<|endoftext|>a", "<x>a"]
+
+
+def small(folder: Path, *, whole: bool = False, **files: Any) -> Path:
+    """A folder with a small tokenizer; with `whole` the two tables stand in tokenizer.json."""
+    tokens = [*LETTERS, vocabulary.START, vocabulary.END]
+    merges = ["c a", "ca t</w>"]
+    folder.mkdir()
+    if whole:
+        from tokenizers import Tokenizer
+        from tokenizers.models import BPE
+
+        pairs = BPE({token: i for i, token in enumerate(tokens)}, [("c", "a"), ("ca", "t</w>")])
+        made = json.loads(Tokenizer(pairs).to_str())
+        made["added_tokens"] = files.pop("added", [])
+        (folder / "tokenizer.json").write_text(json.dumps(made))
+    else:
+        (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+        (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def told(content: str, **flags: bool) -> dict[str, Any]:
+    return {"content": content, "lstrip": False, "rstrip": False, "single_word": False, "normalized": True, **flags}
+
+
+FILES: dict[str, dict[str, Any]] = {
+    "tables alone": {},
+    "plain marks": {
+        "tokenizer_config": {"bos_token": "<s>", "eos_token": "<e>", "unk_token": "b</w>", "pad_token": "!"}
+    },
+    "old marks": {
+        "tokenizer_config": {"pad_token": vocabulary.END, "bos_token": {"__type": "AddedToken", **told("<s>")}},
+        "special_tokens_map": {"bos_token": told("<s>"), "unk_token": told("b</w>"), "pad_token": "<pad>"},
+    },
+    "added tokens": {
+        "tokenizer_config": {"pad_token": "<pad>", "additional_special_tokens": ["<other>"]},
+        "added_tokens": {"<new>": 14, "<pad>": 15},
+    },
+    "new settings": {
+        "tokenizer_config": {
+            "pad_token": "!", "extra_special_tokens": ["<x>"], "image_token": "<other>",
+            "added_tokens_decoder": {
+                "12": told(vocabulary.START, special=True),
+                "13": told(vocabulary.END, special=True, normalized=False),
+                "14": told("<new>", lstrip=True, rstrip=True, special=False, normalized=False),
+            },
+        },
+        "special_tokens_map": {"pad_token": "<pad>"},
+    },
+    "marks as words": {"tokenizer_config": {"split_special_tokens": True}},
+    "whole": {
+        "whole": True,
+        "added": [{"id": 12, **told(vocabulary.START, special=True)}, {"id": 14, **told("<new>", special=False)}],
+        "tokenizer_config": {"unk_token": "b</w>", "bos_token": "<s>"},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_folders_own_tokenizer_as_transformers(tmp_path: Path, name: str) -> None:
+    from transformers import CLIPTokenizer
+
+    folder = small(tmp_path / "tokenizer", **FILES[name])
+    check(clip_tokens.from_folder(folder), CLIPTokenizer.from_pretrained(folder), TEXTS)
+
+
+@pytest.mark.parametrize("name", ["diffusers", "transformers", "transformers, whole"])
+def test_written_folders_as_transformers(tmp_path: Path, from_files: Any, name: str) -> None:
+    """What we write for diffusers, and what transformers writes itself."""
+    from transformers import CLIPTokenizer
+
+    from sfumato.systems.exchange_text import write_tokenizer
+
+    if name == "diffusers":
+        write_tokenizer(tmp_path, pad=0)
+    else:
+        from_files.save_pretrained(tmp_path)
+        assert (tmp_path / "tokenizer.json").is_file()
+    check(clip_tokens.from_folder(tmp_path), CLIPTokenizer.from_pretrained(tmp_path), NASTY)
+
+
+def test_damaged_folders(tmp_path: Path) -> None:
+    for i, (name, content) in enumerate(
+        {
+            "merges.txt": "a b c\n", "vocab.json": "[]", "tokenizer_config.json": '{"added_tokens_decoder": {"x": {}}}',
+            "special_tokens_map.json": '{"bos_token": {}}', "tokenizer.json": '{"model": {"vocab": {}}}',
+        }.items()
+    ):  # fmt: skip
+        folder = small(tmp_path / str(i))
+        (folder / name).write_text(content)
+        with pytest.raises(ModelFileError):
+            clip_tokens.from_folder(folder)
+    foreign = small(tmp_path / "foreign", tokenizer_config={"unk_token": "<unk>"})
+    with pytest.raises(ModelFileError, match="the vocabulary lacks '<unk>'"):
+        clip_tokens.from_folder(foreign)
+    (small(tmp_path / "unfit") / "merges.txt").write_text("a q\n")
+    with pytest.raises(ModelFileError, match="do not fit one another"):
+        clip_tokens.from_folder(tmp_path / "unfit")
 
 
 def test_padding_with_a_bang_changes_no_word() -> None:
@@ -169,7 +316,7 @@ def test_one_window_is_transformers_own(dialect: str, pad: int) -> None:
 
 
 def test_padding_as_transformers_pads() -> None:
-    row = tokenizer()(PROMPT, padding="max_length", max_length=77)["input_ids"]
+    row = their_tokenizer()(PROMPT, padding="max_length", max_length=77)["input_ids"]
     assert row == ids(IDS)
 
 
@@ -180,16 +327,14 @@ def test_skipped_layers(skip: int, norm: bool) -> None:
     (found,) = PromptEncoder(tokenizer(), tower(), skip=skip, final_norm=norm).encode([PROMPT])
     output = run([ids(IDS)])
     hidden = output.hidden_states[-(skip + 1)]
-    expected = getattr(tower(), "text_model", tower()).final_layer_norm(hidden) if norm else hidden
+    expected = tower().text_model.final_layer_norm(hidden) if norm else hidden
     torch.testing.assert_close(found.states, expected[0])
     assert torch.equal(found.pooled, output.pooler_output[0])
 
 
 def test_pooled_output_by_an_old_config() -> None:
     """Stable Diffusion 1's published config says that the end mark is 2; transformers then takes the highest id."""
-    model = tower(2)
-    model.load_state_dict(tower().state_dict())
-    one, two = (PromptEncoder(tokenizer(), m).encode([PROMPT])[0] for m in (model, tower()))
+    one, two = (PromptEncoder(tokenizer(), m).encode([PROMPT])[0] for m in (tower(2), tower()))
     assert torch.equal(one.pooled, two.pooled)
 
 
@@ -198,11 +343,15 @@ def test_projected_pooled_output() -> None:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        model = CLIPTextModelWithProjection(tower().config).eval().requires_grad_(False)
+        theirs = CLIPTextModelWithProjection(their_tower().config).eval().requires_grad_(False)
+    model = CLIPTextModel(CLIPTextConfig(**SIZES), projection=True)
+    own = {n if n.startswith("text_") else f"text_model.{n}": t for n, t in theirs.state_dict().items()}
+    model.load_state_dict(own)
     (found,) = PromptEncoder(tokenizer(), model).encode([PROMPT])
     with torch.no_grad():
-        expected = model(input_ids=torch.tensor([ids(IDS)]))
-    assert torch.equal(found.pooled, expected.text_embeds[0]) and found.pooled.shape == (model.config.projection_dim,)
+        expected = theirs(input_ids=torch.tensor([ids(IDS)]))
+    torch.testing.assert_close(found.pooled, expected.text_embeds[0])
+    assert found.pooled.shape == (model.config.projection_dim,)
     torch.testing.assert_close(found.states, expected.last_hidden_state[0])
 
 
@@ -311,12 +460,12 @@ def test_commas() -> None:
 @given(text=st.text("abc XYZ .,é猫🐈0'’\n", max_size=30))
 def test_plain_text_keeps_its_tokens(text: str) -> None:
     """Without signs of grammar, every dialect gives the tokens of the text as it stands."""
-    expected = tokenizer()(text, add_special_tokens=False)["input_ids"]
+    expected = tokenizer().ids(text)
     encoder = PromptEncoder(tokenizer(), tower())
     for dialect in ("a1111", "comfy", "plain"):
         assert [t.id for window in encoder.tokens(text, Reading(dialect)).windows for t in window] == expected
     words = re.sub(r",(\S)", r", \1", text)  # compel parts words at commas
-    expected = tokenizer()(words, add_special_tokens=False)["input_ids"]
+    expected = tokenizer().ids(words)
     assert [t.id for window in encoder.tokens(text, Reading("compel")).windows for t in window] == expected
 
 
@@ -361,7 +510,7 @@ def test_what_the_encoder_refuses() -> None:
 
 def test_tower_from_tensors() -> None:
     """As a single file gives them: a config and names that begin with `text_model.`."""
-    names = {f"text_model.{n.removeprefix('text_model.')}": t for n, t in tower().state_dict().items()}
+    names = tower().state_dict()
     made = text_tower(tower().config.to_dict(), names, what="a file")
     (one,), (two,) = (PromptEncoder(tokenizer(), m).encode([PROMPT]) for m in (made, tower()))
     assert torch.equal(one.states, two.states)

@@ -225,7 +225,7 @@ def _gathered(products: Tensor, out: Tensor) -> None:
     _, _, batch, n, w, channels = products.shape
     half = _work.take("gathered", (2, 4, batch, n, w, channels), products)
     _sums(products.unbind(0), half.unbind(0))
-    places = out.unflatten(1, (n, 2)).unflatten(3, (w, 2)).permute(2, 4, 0, 1, 3, 5)
+    places = out.view(batch, n, 2, w, 2, channels).permute(2, 4, 0, 1, 3, 5)
     _sums(half.unbind(1), places.unbind(1))
 
 
@@ -241,7 +241,7 @@ def _gathered_doubled(products: Tensor, out: Tensor) -> None:
     half = _work.take("gathered", (2, 3, batch, n, w, channels), products)
     torch.add(products[0], products[1], out=half[0])
     torch.sub(products[1], products[2], out=half[1])
-    places = out.unflatten(1, (n, 2)).unflatten(3, (w, 2)).permute(2, 4, 0, 1, 3, 5)
+    places = out.view(batch, n, 2, w, 2, channels).permute(2, 4, 0, 1, 3, 5)
     torch.add(half[:, 0], half[:, 1], out=places[:, 0])
     torch.sub(half[:, 1], half[:, 2], out=places[:, 1])
 
@@ -359,11 +359,12 @@ def engage(network: nn.Module) -> None:
     """Let the convolutions of a network that fit be computed so from now on."""
     weights = sum(parameter.nbytes for parameter in network.parameters())
     store = Store(max(LEAST_BUDGET, int(SHARE * weights)))
-    doublings = [m for m in network.modules() if type(m) is Upsample2D and m.conv is not None and fits(m.conv)]
-    inside = {id(one.conv) for one in doublings}
-    plain = [m for m in network.modules() if isinstance(m, nn.Conv2d) and fits(m) and id(m) not in inside]
-    for module in (*doublings, *plain):
-        vars(module)["forward"] = Convolving(module, store)
+    doublings = [m for m in network.modules() if isinstance(m, Upsample2D) and m.conv is not None and fits(m.conv)]
+    inside = {one.conv for one in doublings}
+    plain = [m for m in network.modules() if isinstance(m, nn.Conv2d) and fits(m) and m not in inside]
+    members = [*(Convolving(module, store) for module in doublings), *(Convolving(module, store) for module in plain)]
+    for one in members:
+        vars(one.module)["forward"] = one
 
 
 def release(network: nn.Module) -> None:

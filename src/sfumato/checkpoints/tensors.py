@@ -173,7 +173,7 @@ _READERS = ThreadPoolExecutor(2, thread_name_prefix="sfumato-read")
 
 
 def begun(read: Callable[[], Mapping[str, Tensor]]) -> Future[dict[str, Tensor]]:
-    """Start to read tensors in a thread: reading and casting need no interpreter, importing and building do."""
+    """Start to read tensors in a thread: reading and casting need no interpreter, building a network does."""
     return _READERS.submit(lambda: dict(read()))
 
 

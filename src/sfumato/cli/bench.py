@@ -107,7 +107,7 @@ def _measure(
     from sfumato.tasks.bench import measured, shares
 
     set_attention_kernel(kernel)
-    how = {"device": device, "dtype": dtype, "backend": backend, "convolution": convolution}
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "backend": backend, "convolution": convolution}
     if random is not None:
         opened = api.random_model(random, **how)
     else:

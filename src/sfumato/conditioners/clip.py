@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,16 @@ from torch import Tensor, nn
 
 from sfumato.conditioners.base import check_keys
 from sfumato.conditioners.chunks import Token, split
-from sfumato.conditioners.pretrained import Hasher, frozen, need, read_json, read_tensors, sha256
+from sfumato.conditioners.clip_tokens import MERGES, VOCABULARY, WHOLE, ClipTokenizer, from_folder
+from sfumato.conditioners.pretrained import Hasher, frozen, read_json, read_tensors, sha256
 from sfumato.conditioners.prompt import BREAK, Fragment, Reading, parse
 from sfumato.conditioners.weighting import away_from_empty, blend, scale_keeping_mean, without_shares
 from sfumato.conditioners.words import quoted
 from sfumato.errors import ModelFileError, UserError
+from sfumato.networks.clip_text import CLIPTextConfig, CLIPTextModel
 
 _WEIGHTS = ("model.safetensors", "model.fp16.safetensors")
-_TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt")
+_TOKENIZER = (WHOLE, VOCABULARY, MERGES)
 
 
 PLAIN = Reading("plain")
@@ -109,11 +111,11 @@ Ran = dict[Row, tuple[Tensor, Tensor]]  # its states and pooled output
 
 
 class PromptEncoder:
-    """Prompts -> states, by transformers' tokenizer and text tower.
+    """Prompts -> states.
 
     Args:
-        tokenizer: transformers' `CLIPTokenizer`, such as `vocabulary.clip_tokenizer()`.
-        network: transformers' `CLIPTextModel` or `CLIPTextModelWithProjection`, frozen.
+        tokenizer: such as `clip_tokens.clip_tokenizer()`.
+        network: the text tower, frozen.
         pad: the id that fills windows; None for the tokenizer's own. Stable Diffusion 1: the end mark's, 2: 0.
         skip: how many of the last layers are left out, as in `CLIPText`.
         final_norm: whether the last layer norm follows, on skipped layers too.
@@ -127,20 +129,20 @@ class PromptEncoder:
 
     def __init__(
         self,
-        tokenizer: Any,
-        network: nn.Module,
+        tokenizer: ClipTokenizer,
+        network: CLIPTextModel,
         *,
         pad: int | None = None,
         skip: int = 0,
         final_norm: bool = True,
         reading: Reading = PLAIN,
     ) -> None:
-        config: Any = network.config
+        config = network.config
         check_skip(skip, config.num_hidden_layers)
         if pad is not None and (isinstance(pad, bool) or not isinstance(pad, int) or not 0 <= pad < config.vocab_size):
             raise UserError(f"pad must be a token's id from 0 to {config.vocab_size - 1}, got {pad!r}")
         self.tokenizer, self.tower = tokenizer, network
-        self.pad: int = tokenizer.pad_token_id if pad is None else pad
+        self.pad: int = tokenizer.pad if pad is None else pad
         self.skip, self.final_norm, self.reading = skip, final_norm, reading
         self.width: int = config.hidden_size
         self.window: int = config.max_position_embeddings
@@ -178,18 +180,12 @@ class PromptEncoder:
 
     def _fragment(self, fragment: Fragment, number: int, prompt: str) -> list[Token]:
         tokenizer = self.tokenizer
-        encoded = tokenizer(fragment.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids: list[int] = encoded["input_ids"]
-        marks = {tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
-        spans = encoded["offset_mapping"]
-        bad = [fragment.text[a:b] for i, (a, b) in zip(ids, spans, strict=True) if i in marks]
+        pieces = tokenizer.read(fragment.text)
+        marks = {tokenizer.unknown, tokenizer.start, tokenizer.end}
+        bad = [fragment.text[slice(*piece.span)] for piece in pieces if piece.id in marks]
         if bad:
             raise UserError(f"the text encoder cannot read {quoted(bad)} in the prompt {quoted([prompt])}")
-        pieces = tokenizer.convert_ids_to_tokens(ids)
-        return [
-            Token(i, fragment.weight, number, piece, (a, b))
-            for i, piece, (a, b) in zip(ids, pieces, spans, strict=True)
-        ]
+        return [Token(piece.id, fragment.weight, number, piece.text, piece.span) for piece in pieces]
 
     def states(self, texts: Sequence[str]) -> list[Tensor]:
         """(77 n, C) float32 per text, n its number of windows, read as `reading` says."""
@@ -212,7 +208,7 @@ class PromptEncoder:
 
     def _row(self, window: Sequence[Token], hidden: int | None = None) -> Row:
         """One window with marks and padding, the tokens of fragment `hidden` hidden from attention."""
-        start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        start, end = self.tokenizer.start, self.tokenizer.end
         (ids,) = windows([t.id for t in window], length=self.window, start=start, end=end, pad=self.pad)
         seen = [int(t.fragment != hidden) for t in window]
         return tuple(ids), (1, *seen, *[1] * (self.window - 1 - len(seen)))
@@ -260,12 +256,10 @@ class PromptEncoder:
         device = next(self.tower.parameters()).device
         ids = torch.tensor([row[0] for row in rows], device=device)
         mask = torch.tensor([row[1] for row in rows], device=device) if masked else None
-        output = self.tower(input_ids=ids, attention_mask=mask, output_hidden_states=True)
-        states: Tensor = output.hidden_states[-(self.skip + 1)]
+        hidden, pooled = self.tower(ids, mask)
+        states: Tensor = hidden[-(self.skip + 1)]
         if self.final_norm:
-            inner: Any = getattr(self.tower, "text_model", self.tower)
-            states = inner.final_layer_norm(states)
-        pooled: Tensor = output.text_embeds if "text_embeds" in output else output.pooler_output
+            states = self.tower.text_model.final_layer_norm(states)
         return states.float(), pooled.float()
 
 
@@ -286,35 +280,30 @@ def check_skip(skip: object, layers: int) -> None:
         raise UserError(f"skip must be a whole number from 0 to {layers - 1}, got {skip!r}")
 
 
-def text_tower(values: Mapping[str, Any], tensors: Mapping[str, Tensor], *, what: str) -> nn.Module:
-    """transformers' `CLIPTextModel` of a config with the given weights, frozen.
+def text_tower(values: Mapping[str, Any], tensors: Mapping[str, Tensor], *, what: str) -> CLIPTextModel:
+    """The text tower of a config with the given weights, frozen.
 
     Args:
-        values: `config.json` of a text tower.
+        values: `config.json` of a text tower; what is not the tower's is passed over.
         tensors: `text_model.…` or without that prefix; a whole CLIP's vision tower, projections, scale and the
             positions' numbers are left aside.
         what: names the weights in a sentence.
 
     Raises:
         ModelFileError: when names or shapes differ.
-        UserError: where transformers is not installed.
+        UserError: for a config that cannot be.
     """
-    clip = need("transformers.models.clip.modeling_clip", "text").CLIPTextModel
-    config = need("transformers.models.clip.configuration_clip", "text").CLIPTextConfig(
-        **{k: v for k, v in values.items() if k not in ("torch_dtype", "dtype", "architectures")}
-    )
-    with torch.device("meta"):
-        nested = any(name.startswith("text_model.") for name in clip(config).state_dict())
+    known = {field.name for field in fields(CLIPTextConfig)}
+    config = CLIPTextConfig.from_dict({k: v for k, v in values.items() if k in known and v is not None})
     own = {
-        ("text_model." if nested else "") + name.removeprefix("text_model."): tensor
+        "text_model." + name.removeprefix("text_model."): tensor
         for name, tensor in tensors.items()
         if not name.startswith(("vision_model.", "visual_projection.", "text_projection."))
         and name != "logit_scale"
         and not name.endswith("position_ids")
     }
-    buffers = {"position_ids": torch.arange(config.max_position_embeddings)[None]}
-    network: nn.Module = frozen(lambda: clip(config), own, buffers, what=what)
-    return network
+    return frozen(lambda: CLIPTextModel(config), own, {}, what=what)
+
 
 
 class CLIPText:
@@ -363,16 +352,15 @@ class CLIPText:
         self.width: int = self._values.get("hidden_size", 512)
         self._window: int = self._values.get("max_position_embeddings", 77)
         self.max_tokens = self._window * max_windows
-        self._loaded: tuple[Any, nn.Module] | None = None
+        self._loaded: tuple[ClipTokenizer, CLIPTextModel] | None = None
         self._digests: tuple[str, str] | None = None
 
-    def load(self) -> tuple[Any, nn.Module]:
+    def load(self) -> tuple[ClipTokenizer, CLIPTextModel]:
         """(tokenizer, network), read at the first call."""
         if self._loaded is None:
-            transformers = need("transformers", "text")
-            tokenizer = transformers.CLIPTokenizerFast.from_pretrained(str(self._words), local_files_only=True)
             path = _weights(self._encoder)
-            self._loaded = tokenizer, text_tower(self._values, read_tensors(path), what=str(path)).to(self.device)
+            network = text_tower(self._values, read_tensors(path), what=str(path))
+            self._loaded = from_folder(self._words), network.to(self.device)
         return self._loaded
 
     def prompts(self) -> PromptEncoder:
@@ -402,7 +390,7 @@ class CLIPText:
             "kind": self.kind,
             "sha256": weights,
             "tokenizer": tokenizer,
-            "pad": self.load()[0].pad_token_id,
+            "pad": self.load()[0].pad,
             "skip": self.skip,
             "final_norm": self.final_norm,
             "max_windows": self.max_windows,
@@ -438,8 +426,8 @@ def _places(folder: Path) -> tuple[Path, Path]:
     if not folder.is_dir():
         raise ModelFileError(f"the text encoder's folder {folder} does not exist")
     _weights(encoder)
-    if not ((words / "tokenizer.json").is_file() or all((words / n).is_file() for n in ("vocab.json", "merges.txt"))):
-        raise ModelFileError(f"{words} holds no CLIP tokenizer (vocab.json and merges.txt, or tokenizer.json)")
+    if not ((words / WHOLE).is_file() or all((words / name).is_file() for name in (VOCABULARY, MERGES))):
+        raise ModelFileError(f"{words} holds no CLIP tokenizer ({VOCABULARY} and {MERGES}, or {WHOLE})")
     return encoder, words
 
 

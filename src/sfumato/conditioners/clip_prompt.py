@@ -16,15 +16,16 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfumato.condition import Condition
 from sfumato.conditioners.base import check_batch, check_keys
 from sfumato.conditioners.clip import PromptEncoder, check_skip
-from sfumato.conditioners.pretrained import need
+from sfumato.conditioners.clip_tokens import ClipTokenizer, clip_tokenizer
 from sfumato.conditioners.prompt import Reading
-from sfumato.conditioners.vocabulary import SIZE, clip_tokenizer
+from sfumato.conditioners.vocabulary import SIZE
 from sfumato.errors import UserError
+from sfumato.networks.clip_text import CLIPTextConfig, CLIPTextModel
 
 KEYS = ("kind", "tower", "pad", "skip", "final_norm")
 
@@ -53,42 +54,17 @@ class Prompt:
         return Reading(self.dialect)
 
 
-class ClipTower(nn.Module):
-    """transformers' CLIP text model with its weights under `text_model.…`, whatever that library calls them now.
-
-    Args:
-        values: `config.json` of the tower.
-    """
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        super().__init__()
-        clip = need("transformers.models.clip.modeling_clip", "text").CLIPTextModel
-        known = need("transformers.models.clip.configuration_clip", "text").CLIPTextConfig
-        model = clip(known(**{key: value for key, value in values.items() if key != "model_type"}))
-        self.config = model.config
-        self.text_model: nn.Module = getattr(model, "text_model", model)
-        for module in self.text_model.modules():  # reckoned, not stored; and real where the weights are on "meta"
-            for name, buffer in list(module.named_buffers(recurse=False)):
-                if name == "position_ids":
-                    positions = torch.arange(buffer.shape[-1], device="cpu").expand(buffer.shape)
-                    module.register_buffer(name, positions, persistent=False)
-        self.eval().requires_grad_(False)
-
-    def forward(self, **inputs: Any) -> Any:
-        return self.text_model(**inputs)
-
-
 class ClipPrompt:
     """Prompts -> `context` (B, 77 n, C).
 
     Args:
-        tower: fields of transformers' `CLIPTextConfig`.
+        tower: fields of `CLIPTextConfig`.
         pad: the id that fills windows; the end mark's (Stable Diffusion 1) or 0 (2).
         skip: how many of the last layers are left out.
         final_norm: whether the last layer norm follows, on skipped layers too.
 
     Raises:
-        UserError: for a tower of another vocabulary, or an impossible number.
+        UserError: for a tower of another vocabulary, an unknown field, or an impossible number.
     """
 
     kind = "clip-prompt"
@@ -101,21 +77,21 @@ class ClipPrompt:
                 f"the text encoder's vocabulary has {tower['vocab_size']} tokens; only CLIP's own {SIZE} can be read"
             )
         self.values, self.pad, self.skip, self.final_norm = dict(tower), pad, skip, final_norm
-        self.network: nn.Module = ClipTower(tower)
+        self.network = CLIPTextModel(CLIPTextConfig.from_dict(tower)).eval().requires_grad_(False)
         check_skip(skip, self.layers)
 
     @property
     def layers(self) -> int:
         """How many the tower has."""
-        return int(self.network.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
+        return self.network.config.num_hidden_layers
 
     @property
     def width(self) -> int:
         """C, the width of `context`."""
-        return int(self.network.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        return self.network.config.hidden_size
 
     @cached_property
-    def _tokenizer(self) -> Any:
+    def _tokenizer(self) -> ClipTokenizer:
         return clip_tokenizer()
 
     def encoder(self, skip: int | None = None) -> PromptEncoder:

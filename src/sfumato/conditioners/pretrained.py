@@ -20,12 +20,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sfumato.errors import ModelFileError, UserError
+from sfumato.networks.outline import made_on
 
 Network = TypeVar("Network", bound=nn.Module)
 Hasher = Callable[[Path], str]
@@ -83,7 +83,7 @@ def frozen(
     Raises:
         ModelFileError: when names or shapes differ.
     """
-    with torch.device("meta"):
+    with made_on("meta"):
         network = build()
     try:
         network.load_state_dict(dict(tensors), strict=True, assign=True)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from sfumato.checkpoints.io import check_fit, component, load_strictly
 from sfumato.errors import UserError
+from sfumato.networks.outline import made_on
 from sfumato.systems.config import Strict
 
 PAD, UNKNOWN, START, END = range(4)
@@ -179,7 +180,7 @@ class CLIP:
         Raises:
             UserError: transformers is not installed.
         """
-        with torch.device(device):
+        with made_on(device):
             return cls(config, Towers(_network(config)))
 
     @classmethod

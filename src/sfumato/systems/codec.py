@@ -19,6 +19,7 @@ from sfumato.checkpoints.io import check_fit, component, load_strictly
 from sfumato.codecs import Codec, KLCodec, PixelCodec, VQCodec
 from sfumato.errors import UserError
 from sfumato.networks.autoencoder import AutoencoderConfig, AutoencoderKL, VQConfig, VQModel
+from sfumato.networks.outline import made_on
 from sfumato.systems.config import Strict, without_derived
 
 _DERIVED = ("in_channels", "out_channels", "sample_size")
@@ -80,7 +81,7 @@ class CodecSystem:
         if config.kind == "pixels":
             return cls(config, PixelCodec(config.channels))
         own = config.autoencoder()
-        with torch.device(device):
+        with made_on(device):
             if isinstance(own, AutoencoderConfig):
                 return cls(config, KLCodec(AutoencoderKL(own)))
             return cls(config, VQCodec(VQModel(own)))

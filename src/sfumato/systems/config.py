@@ -22,6 +22,7 @@ from sfumato.diffusion.denoiser import Denoiser, Preconditioning, preconditionin
 from sfumato.diffusion.parameterization import Parameterization, parameterization
 from sfumato.diffusion.solvers import Solver, find
 from sfumato.errors import UserError, nearest
+from sfumato.networks.outline import made_on
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Types that weights are asked for in, by name."""
@@ -180,7 +181,7 @@ def build_denoiser(
         UserError: when the config asks for what cannot be built.
     """
     try:
-        with torch.device(device):
+        with made_on(device):
             built = network()
         return Denoiser(
             built,

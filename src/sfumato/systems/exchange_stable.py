@@ -98,7 +98,8 @@ def network_config(kind: type[ConfigT], part: Component) -> ConfigT:
 def fill(
     networks: Mapping[str, nn.Module], stored: Mapping[str, Stored], *, what: str, dtype: torch.dtype | None
 ) -> None:
-    """Give networks on "meta" their weights; all names and shapes are looked at before the first value is read.
+    """Give networks on "meta" their weights; all names and shapes are looked at before the first value is read, and
+    while one network gets its weights those of the next are read.
 
     Raises:
         ModelFileError: for what does not fit.
@@ -106,8 +107,9 @@ def fill(
     nothing = Stored({}, dict)
     for name, network in networks.items():
         check_fit(network, stored.get(name, nothing).seen, what=what)
+    weights = {name: begun(stored.get(name, nothing).read) for name in networks}
     for name, network in networks.items():
-        take_over(network, dict(stored.get(name, nothing).read()), what=what, dtype=dtype)
+        take_over(network, weights.pop(name).result(), what=what, dtype=dtype)
         network.eval()
 
 
@@ -155,9 +157,7 @@ def open_pipeline(
     scheduler, corrections = _scheduler(folder, str(index.get(CLASS)))
     family = _family(unet, vae, text, scheduler, prediction, folder)
     stored = {"network": plain(unet), "codec": plain(vae), "conditioner": told(text)}
-    weights = {name: begun(one.read) for name, one in stored.items()}
-    model = Latent.create(config_of(family), "meta")  # meanwhile
-    stored = {name: replace(one, read=weights[name].result) for name, one in stored.items()}
+    model = Latent.create(config_of(family), "meta")
     fill(model.networks(), stored, what=str(folder), dtype=dtype)
     why = "its scheduler says so" if prediction == "unknown" else "it was said"
     aside = [note.format(folder) for name, note in _ASIDE.items() if _holds(index, name)]

@@ -28,27 +28,25 @@ from torch import Tensor
 from sfumato.checkpoints.formats import diffusers
 from sfumato.checkpoints.formats.diffusers import Component
 from sfumato.checkpoints.formats.families import END_MARK
-from sfumato.checkpoints.formats.open_clip import CLIPTextConfig
+from sfumato.checkpoints.formats.open_clip import CLIP_L
 from sfumato.conditioners.clip_prompt import ClipPrompt
-from sfumato.conditioners.pretrained import need
+from sfumato.conditioners.clip_tokens import ADDED, MERGES, SETTINGS, SPECIAL, VOCABULARY, WHOLE
 from sfumato.conditioners.vocabulary import END, START, tables
 from sfumato.errors import ModelFileError, UserError, raise_unknown
+from sfumato.networks.clip_text import ACTIVATIONS, CLIPTextConfig
 
 TEXT_ENCODER, TOKENIZER = "text_encoder", "tokenizer"
 CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 """transformers' classes of text towers that can be opened."""
 PAD_TOKENS = {"!": 0, END: END_MARK}
 """Tokens that fill windows, and their ids: of Stable Diffusion 2, and of 1."""
-_VOCABULARY, _MERGES, _WHOLE = "vocab.json", "merges.txt", "tokenizer.json"
-_SETTINGS, _SPECIAL, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 _MOST = 2**24  # bytes of a vocabulary
 
 _PREFIX = "text_model."
 _INNER = ("embeddings.", "encoder.", "final_layer_norm.")
 _ASIDE = re.compile(r"(.+\.)?position_ids|text_projection\.weight|logit_scale")
 
-# transformers' defaults for what a config leaves out; where they differ from those of Stable Diffusion 1
-_DEFAULTS = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "projection_dim": 512}
+_MARKS = {"bos_token_id": CLIP_L.bos_token_id, "eos_token_id": CLIP_L.eos_token_id}
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "max_position_embeddings",
@@ -138,10 +136,9 @@ def tower_config(values: Mapping[str, Any], where: Path) -> CLIPTextConfig:
     eps = given.get("layer_norm_eps", 1e-5)
     if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < 1:
         raise UserError(f"{where}: layer_norm_eps must be a number from 0 to 1, got {eps!r:.60}")
-    activations = need("transformers.activations", "text").ACT2FN
-    if (act := given.get("hidden_act", CLIPTextConfig.hidden_act)) not in list(activations):
-        raise_unknown(f"hidden_act in {where}", str(act), list(activations))
-    return CLIPTextConfig(**(_DEFAULTS | given))
+    if (act := given.get("hidden_act", CLIPTextConfig.hidden_act)) not in list(ACTIVATIONS):
+        raise_unknown(f"hidden_act in {where}", str(act), list(ACTIVATIONS))
+    return CLIPTextConfig(**(_MARKS | given))
 
 
 # --- the tokenizer ---------------------------------------------------------------------------------------------------
@@ -153,16 +150,16 @@ def pad_of(folder: Path) -> int:
     Raises:
         ModelFileError: for another vocabulary, added words, other marks, and damaged files.
     """
-    settings, special, whole, added = (_json(folder / name) for name in (_SETTINGS, _SPECIAL, _WHOLE, _ADDED))
-    if not (folder / _WHOLE).is_file() and not (folder / _VOCABULARY).is_file():
-        raise ModelFileError(f"{folder} holds neither {_VOCABULARY} with {_MERGES} nor {_WHOLE}")
-    if (folder / _WHOLE).is_file():
+    settings, special, whole, added = (_json(folder / name) for name in (SETTINGS, SPECIAL, WHOLE, ADDED))
+    if not (folder / WHOLE).is_file() and not (folder / VOCABULARY).is_file():
+        raise ModelFileError(f"{folder} holds neither {VOCABULARY} with {MERGES} nor {WHOLE}")
+    if (folder / WHOLE).is_file():
         model = whole["model"] if isinstance(whole.get("model"), dict) else {}
-        _check_vocabulary(model.get("vocab"), folder / _WHOLE)
-        _check_merges(model.get("merges"), folder / _WHOLE)
-    if (folder / _VOCABULARY).is_file():
-        _check_vocabulary(_json(folder / _VOCABULARY), folder / _VOCABULARY)
-        _check_merges(_lines(folder / _MERGES), folder / _MERGES)
+        _check_vocabulary(model.get("vocab"), folder / WHOLE)
+        _check_merges(model.get("merges"), folder / WHOLE)
+    if (folder / VOCABULARY).is_file():
+        _check_vocabulary(_json(folder / VOCABULARY), folder / VOCABULARY)
+        _check_merges(_lines(folder / MERGES), folder / MERGES)
     for token, number in _additions(settings, special, whole, added):
         _check_known(token, number, folder)
     # what transformers does: the older file has the last word, unless the newer one lists all tokens
@@ -286,7 +283,7 @@ def write_tokenizer(folder: Path, pad: int) -> None:
         "add_prefix_space": False, "bos_token": START, "do_lower_case": True, "eos_token": END, "errors": "replace",
         "model_max_length": 77, "pad_token": token, "tokenizer_class": "CLIPTokenizer", "unk_token": END,
     }  # fmt: skip
-    diffusers.write_text(folder / _VOCABULARY, json.dumps(vocabulary, ensure_ascii=False))
-    diffusers.write_text(folder / _MERGES, "\n".join(["#version: 0.2", *_merges()]) + "\n")
-    diffusers.write_json(folder / _SETTINGS, settings)
-    diffusers.write_json(folder / _SPECIAL, special | {"pad_token": token})
+    diffusers.write_text(folder / VOCABULARY, json.dumps(vocabulary, ensure_ascii=False))
+    diffusers.write_text(folder / MERGES, "\n".join(["#version: 0.2", *_merges()]) + "\n")
+    diffusers.write_json(folder / SETTINGS, settings)
+    diffusers.write_json(folder / SPECIAL, special | {"pad_token": token})

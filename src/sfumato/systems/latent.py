@@ -28,6 +28,7 @@ from sfumato.conditioners.registry import from_config
 from sfumato.conditioners.shown import LowResolution, Shown
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.errors import UserError
+from sfumato.networks.outline import made_on
 from sfumato.networks.unet_2d import UNet2DConfig, UNet2DModel
 from sfumato.networks.unet_condition import UNet2DConditionConfig, UNet2DConditionModel
 from sfumato.systems.asked import Asked
@@ -124,7 +125,7 @@ class Latent:
         codec = CodecSystem.create(config.codec, device).codec
         if config.size % codec.factor:
             raise UserError(f"size {config.size} is not a multiple of the codec's factor {codec.factor}")
-        with torch.device(device):
+        with made_on(device):
             conditioner = combined(config.conditions)
 
         def network() -> nn.Module:

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from sfumato.checkpoints.formats import families
 from sfumato.checkpoints.formats.families import Family, Prediction
-from sfumato.checkpoints.formats.open_clip import CLIPTextConfig
 from sfumato.checkpoints.formats.single_file import SingleFile, Written, write
 from sfumato.checkpoints.io import component, take_over
 from sfumato.checkpoints.tensors import begun
@@ -113,7 +112,7 @@ def family_of(model: Latent) -> Family:
         raise UserError("only models with a KL codec and a CLIP text tower of their own have Stable Diffusion's layout")
     if parameterization not in ("eps", "v") or text.skip or not text.final_norm:
         raise UserError("Stable Diffusion's layout has no place for this model's parameterization or text states")
-    towers = CLIPTextConfig.from_dict(text.values)
+    towers = text.network.config
     open_clip, prediction = towers.hidden_act == "gelu", _known(parameterization)
     shown = next(iter(model.shown), None)
     names = {

@@ -21,9 +21,10 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from torch import Tensor
 
-from sfumato.checkpoints.formats.open_clip import CLIP_L, OPEN_CLIP_H, CLIPTextConfig
+from sfumato.checkpoints.formats.open_clip import CLIP_L, OPEN_CLIP_H
 from sfumato.errors import ModelFileError, UserError, raise_unknown
 from sfumato.networks.autoencoder import AutoencoderConfig
+from sfumato.networks.clip_text import CLIPTextConfig
 from sfumato.networks.unet_condition import UNet2DConditionConfig
 
 Prediction = Literal["eps", "v", "unknown"]

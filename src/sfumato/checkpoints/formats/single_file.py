@@ -34,11 +34,13 @@ from sfumato.checkpoints.formats.families import (
     detect,
     stored_parts,
 )
-from sfumato.checkpoints.formats.open_clip import CLIPTextConfig, clip_map, ignored_of_open_clip, open_clip_map
+from sfumato.checkpoints.formats.open_clip import clip_map, ignored_of_open_clip, open_clip_map
 from sfumato.checkpoints.keymap import Coverage, Ignored, KeyMap, Rule, Step, check_cover
 from sfumato.checkpoints.tensors import Lazily, TensorFile, write_tensors
 from sfumato.errors import ModelFileError, UserError
 from sfumato.networks.autoencoder import AutoencoderConfig, AutoencoderKL
+from sfumato.networks.clip_text import CLIPTextConfig
+from sfumato.networks.outline import made_on
 from sfumato.networks.unet_condition import UNet2DConditionConfig, UNet2DConditionModel
 
 PARTS = ("unet", "vae", "text")
@@ -213,7 +215,7 @@ def meta_tensors(config: UNet2DConditionConfig | AutoencoderConfig) -> dict[str,
 
 @lru_cache(maxsize=16)
 def _state_on_meta(config: UNet2DConditionConfig | AutoencoderConfig) -> dict[str, Tensor]:
-    with torch.device("meta"):
+    with made_on("meta"):
         network: torch.nn.Module
         if isinstance(config, UNet2DConditionConfig):
             network = UNet2DConditionModel(config)

@@ -15,9 +15,7 @@ import functools
 import gzip
 import hashlib
 from importlib.resources import files
-from typing import Any
 
-from sfumato.conditioners.pretrained import need
 from sfumato.errors import ModelFileError
 
 FILE = "bpe_simple_vocab_16e6.txt.gz"
@@ -53,20 +51,3 @@ def tables() -> tuple[dict[str, int], list[tuple[str, str]]]:
     merges = [(first, second) for first, second in (line.split() for line in lines)]
     tokens = [*letters, *(letter + END_OF_WORD for letter in letters), *(a + b for a, b in merges), START, END]
     return {token: i for i, token in enumerate(tokens)}, merges
-
-
-def clip_tokenizer() -> Any:
-    """transformers' `CLIPTokenizer` over the packaged vocabulary, made in memory: no file, no network.
-
-    It knows the two marks only. Padding is not its business: Stable Diffusion 1 pads with the end mark, OpenCLIP with
-    id 0, which is "!" in the midst of a word; were "!" its padding token, it would also read every "!" of a prompt so.
-
-    Raises:
-        UserError: where transformers is not installed.
-    """
-    vocabulary, merges = tables()
-    tokenizer = need("transformers.models.clip.tokenization_clip", "text").CLIPTokenizer(
-        vocab=dict(vocabulary), merges=list(merges), bos_token=START, eos_token=END, unk_token=END, pad_token=END
-    )
-    tokenizer.model_max_length = 77
-    return tokenizer
