@@ -63,6 +63,20 @@ def test_reading_casts_what_is_floating(tmp_path: Path, dtype: torch.dtype) -> N
         assert file.read(name, dtype).dtype == expected.dtype and torch.equal(file.read(name, dtype), expected)
 
 
+@pytest.mark.parametrize("shape", [(70, 60, 3, 3), (3, 1, 1, 1), (1, 5000), (300, 7, 3), (9,), ()])
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_reading_in_pieces_is_casting(
+    tmp_path: Path, shape: tuple[int, ...], stored: torch.dtype, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_PIECE", 2000)
+    value = (torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e3).to(stored)
+    write_tensors(tmp_path / "a.safetensors", {"w": value}, {})
+    got = TensorFile.open(tmp_path / "a.safetensors").read("w", dtype)
+    expected = value.to(dtype, memory_format=torch.channels_last if value.ndim == 4 else torch.preserve_format)
+    assert torch.equal(got, expected) and got.stride() == expected.stride() and got.dtype == dtype
+
+
 def test_equal_content_makes_equal_files(tmp_path: Path) -> None:
     forwards = examples()
     backwards = dict(reversed(forwards.items()))
