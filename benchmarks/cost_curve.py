@@ -5,7 +5,8 @@
 Random weights of the published size, bfloat16, channels-last on both sides; ours is the library's default path. Every
 point is a process of its own: a guided step (both branches in one call), the better of two after one to warm up (the
 one after it where a step is longer than two of 512 pixels), and the most memory that the process has held by then
-(ru_maxrss), which counts libraries and weights. The two sides of a point follow one another. Prints a table; `--plot` draws it (matplotlib).
+(ru_maxrss), which counts libraries and weights. The two sides of a point follow one another. Prints a table; `--plot`
+draws it (matplotlib).
 """
 
 from __future__ import annotations

@@ -43,6 +43,21 @@ def test_half_precision_is_near_the_equation() -> None:
     assert found[0] < 0.01 and found[0] < 3 * found[1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 2.0, 30.0])  # the largest score: about 2, 30, 60, 900
+def test_scores_of_any_size(dtype: torch.dtype, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare: list[int] = []
+    monkeypatch.setattr(torch, "exp", lambda x, out, own=torch.exp: bare.append(1) or own(x, out=out))
+    q, k, v = given(600, 1100, 40, dtype)
+    q, k = q / q.norm(dim=-1, keepdim=True) * 5, k / k.norm(dim=-1, keepdim=True) * 5
+    k[:, :, -1] = -q[:, :, 0]  # one row in which a score is as low as can be
+    exact = math(q.float(), k.float(), v.float(), None, scale)
+    found = blocks(q, k, v, None, scale)
+    bound = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}[dtype]
+    assert float((found.float() - exact).norm() / exact.norm()) < bound * max(1, scale)
+    assert bool(bare) == (scale <= 2 and dtype != torch.float16)
+
+
 def test_masks_and_gradients_go_to_torch() -> None:
     q, k, v = given(40, 30, 8)
     mask = torch.rand(2, 1, 1, 30, generator=torch.Generator().manual_seed(1)) > 0.3

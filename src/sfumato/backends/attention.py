@@ -2,8 +2,10 @@
 
 `blocks` computes `softmax(scale Q K') V` for some hundred queries at a time with plain matrix products. On a CPU whose
 matrix units are fast in bfloat16 it leaves torch's fused kernel behind; only one block of scores is ever in memory.
-Scores are rounded to the type of the inputs, where the fused kernel keeps float32. `adaptive` takes it for long inputs
-in half precision alone. The names are known to `set_attention_kernel` once this module is imported.
+Scores are rounded to the type of the inputs, where the fused kernel keeps float32. Where scores are known to be small,
+and the values have room for another column, ones in it add up the weights, and one pass of exponentials stands in the
+place of the softmax. `adaptive` takes it for long inputs in half precision alone. The names are known to
+`set_attention_kernel` once this module is imported.
 
 >>> from sfumato.networks.attention import math
 >>> q, k, v = (torch.randn(1, 2, 70, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
@@ -33,6 +35,8 @@ ROWS = 512
 """Queries in a block: its scores at 4,096 keys are 4 MB in bfloat16, about a core's share of the cache."""
 LEAST = 1024
 """Queries and keys below which the fused kernel is not left."""
+SAFE = 60.0
+"""No score can be larger where the longest query times the longest key is not: its exponential needs no shift then."""
 MARGIN = 1.15
 """How much faster another kernel must be measured to be taken."""
 _LANES = 16  # products into a width that is a multiple of this are fast
@@ -55,20 +59,34 @@ def blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
 def _blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     count, heads, length, _ = q.shape
     width, rows = v.shape[-1], min(ROWS, q.shape[2])
+    room = width % _LANES != 0 and q.dtype != torch.float16  # whose numbers end at 65,504
     out = q.new_empty(count, length, heads, width)  # so that heads need no gathering afterwards
     scores = q.new_empty(rows, k.shape[2])
     mixed = q.new_empty(rows, width + -width % _LANES)
     for b in range(count):
         for h in range(heads):
-            queries, keys = q[b, h].contiguous(), (k[b, h] * scale).t()
-            values = pad(v[b, h], (0, -width % _LANES))
+            queries, keys = q[b, h].contiguous(), k[b, h] * scale
+            bare = room and bool(_longest(queries) * _longest(keys) <= SAFE)
+            values = pad(v[b, h], (0, -width % _LANES), value=1.0)
             for start in range(0, length, ROWS):
                 n = min(ROWS, length - start)
-                torch.mm(queries[start : start + n], keys, out=scores[:n])
-                torch.softmax(scores[:n], dim=-1, out=scores[:n])
+                torch.mm(queries[start : start + n], keys.t(), out=scores[:n])
+                if bare:
+                    torch.exp(scores[:n], out=scores[:n])
+                else:
+                    torch.softmax(scores[:n], dim=-1, out=scores[:n])
                 torch.mm(scores[:n], values, out=mixed[:n])
-                out[b, start : start + n, h] = mixed[:n, :width]
+                part = out[b, start : start + n, h]
+                if bare:  # a column of ones has added up the weights
+                    torch.div(mixed[:n, :width], mixed[:n, -1:], out=part)
+                else:
+                    part.copy_(mixed[:n, :width])
     return out.transpose(1, 2)
+
+
+def _longest(rows: Tensor) -> Tensor:
+    """The length of the longest row, float32."""
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).max()
 
 
 def adaptive(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sfumato.backends import compiled, openvino, winograd
+from sfumato.backends import compiled, openvino, twins, winograd
 from sfumato.backends.driven import Engine, drive, release
 from sfumato.errors import raise_unknown
 
@@ -85,10 +85,13 @@ def engage(
     engine = backend.engine(device, dtype) if backend.engine is not None else None
     for module, unit in parts(networks):
         release(module)
+        twins.release(module)
         winograd.release(module)
         if engine is not None:
             drive(module, engine, unit=unit, name=name)
-        elif convolution == "winograd":
+            continue
+        twins.engage(module)
+        if convolution == "winograd":
             winograd.engage(module)
 
 

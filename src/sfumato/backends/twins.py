@@ -1,0 +1,99 @@
+"""What both branches of guidance have in common is computed once.
+
+Guidance calls a network with every picture twice, once with its text and once without. Until the text comes in, at the
+first cross-attention, both halves of the batch are the same; in a UNet of Stable Diffusion the part before it holds one
+of five self-attentions over all pixels. `engage` lets the parts before the first cross-attention look whether the
+halves of what they are given are equal, compute one of them, and repeat the result. Where they are not equal, or
+looking costs as much as computing, the whole batch is computed.
+
+>>> seen = []
+>>> part = nn.Sequential(nn.Identity()).eval()
+>>> handle = part[0].register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+>>> vars(part)["forward"] = Once(part, least=1)
+>>> x = torch.tensor([[1.0], [2.0]])
+>>> with torch.no_grad():
+...     part(torch.cat([x, x])).flatten().tolist(), part(torch.cat([x, 2 * x])).flatten().tolist(), seen
+([1.0, 2.0, 1.0, 2.0], [1.0, 2.0, 2.0, 4.0], [2, 4])
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.backends.driven import own_forward
+from sfumato.networks.attention import Attention, AttnProcessor
+from sfumato.networks.resnet import Downsample2D, ResnetBlock2D
+from sfumato.networks.transformer import BasicTransformerBlock
+from sfumato.networks.unet_condition import UNet2DConditionModel
+
+LEAST = 2**20
+"""Numbers that a part is given from which it looks: a UNet of Stable Diffusion has 2,621,440 there at 512 pixels."""
+
+
+class Once:
+    """Stands in the place of a module's `forward`, whose arguments and result have pictures in their first dimension.
+
+    Args:
+        module: whose call it is.
+        least: numbers in its first argument from which it looks.
+    """
+
+    def __init__(self, module: nn.Module, least: int = LEAST) -> None:
+        self.module, self.least, self.own = module, least, own_forward(module)
+
+    def __call__(self, x: Tensor, *args: Any, **slots: Any) -> Tensor:
+        if self._repeats(x, *args, *slots.values()):
+            one: Tensor = self.own(_half(x), *map(_half, args), **{name: _half(one) for name, one in slots.items()})
+            return torch.cat([one, one])
+        out: Tensor = self.own(x, *args, **slots)
+        return out
+
+    def _repeats(self, x: Tensor, *others: Any) -> bool:
+        """Whether all that is given is its first half twice, and may be halved."""
+        if x.numel() < self.least or len(x) % 2 or x.device.type != "cpu" or self.module.training:
+            return False
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():  # type: ignore[attr-defined,no-untyped-call]
+            return False
+        if isinstance(self.module, Attention) and type(self.module.processor) is not AttnProcessor:
+            return False
+        if any(one is not None and not (isinstance(one, Tensor) and len(one) == len(x)) for one in others):
+            return False
+        given = [x, *(one for one in others if one is not None)]
+        if torch.is_grad_enabled() and any(one.requires_grad for one in (*given, *self.module.parameters())):
+            return False
+        return all(torch.equal(*one.chunk(2)) for one in given)
+
+
+def _half(value: Any) -> Any:
+    return value.chunk(2)[0] if isinstance(value, Tensor) else value
+
+
+def engage(network: nn.Module) -> None:
+    """Let the parts of a network before its first cross-attention compute equal halves once. Networks without
+    cross-attention stay as they are: there the branches differ from the start."""
+    if isinstance(network, UNet2DConditionModel):
+        for part in common(network):
+            vars(part)["forward"] = Once(part)
+
+
+def release(network: nn.Module) -> None:
+    """Undo `engage`."""
+    for module in network.modules():
+        if isinstance(vars(module).get("forward"), Once):
+            del vars(module)["forward"]
+
+
+def common(network: UNet2DConditionModel) -> list[nn.Module]:
+    """The residual blocks, downsamplings and the self-attention that come before a first cross-attention; none where
+    there is no cross-attention on the way down."""
+    found: list[nn.Module] = []
+    for block in network.down_blocks:
+        first = next((part for part in block.modules() if isinstance(part, BasicTransformerBlock)), None)
+        if first is not None:
+            found.append(next(part for part in block.modules() if isinstance(part, ResnetBlock2D)))
+            return found if first.only_cross else [*found, first.attn1]
+        found += [part for part in block.modules() if isinstance(part, ResnetBlock2D | Downsample2D)]
+    return []
