@@ -31,6 +31,16 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     return ACTIVATIONS[name]
 
 
+def activated(act: Callable[[Tensor], Tensor], x: Tensor, norm: nn.Module) -> Tensor:
+    """`act(norm(x))`; without gradients a SiLU is put in the place of the norm's output, which nobody else has."""
+    y: Tensor = norm(x)
+    own = y is not x and not norm._forward_hooks
+    traced = torch.jit.is_tracing() or torch.compiler.is_compiling()  # type: ignore[attr-defined,no-untyped-call]
+    if act is F.silu and own and not traced and not torch.is_grad_enabled():
+        return F.silu(y, inplace=True)
+    return act(y)
+
+
 def widen(x: Tensor) -> Tensor:
     """`x` in float32 or wider, for sums that a half type would spoil; no copy where it is that already."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -111,22 +121,22 @@ class ResnetBlock2D(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         """(B, channels, H, W) and (B, time_channels) -> (B, out_channels, H', W')."""
-        hidden = self.act(self.norm1(x))
+        hidden = activated(self.act, x, self.norm1)
         if self.resample is not None:
             x, hidden = self.resample(x), self.resample(hidden)
         hidden = self.conv1(hidden)
         if self.time_emb_proj is None:
-            hidden = self.norm2(hidden)
+            hidden = activated(self.act, hidden, self.norm2)
         elif emb is None:
             raise UserError("this residual block is conditioned on a time embedding, got None")
         else:
             shift = self.time_emb_proj(self.act(emb))
             if self.scale_shift:
                 scale, shift = (part[:, :, None, None] for part in shift.chunk(2, dim=1))
-                hidden = torch.addcmul(shift, self.norm2(hidden), 1 + scale)
+                hidden = self.act(torch.addcmul(shift, self.norm2(hidden), 1 + scale))
             else:
-                hidden = self.norm2(hidden + shift[:, :, None, None])
-        hidden = self.conv2(self.dropout(self.act(hidden)))
+                hidden = activated(self.act, hidden + shift[:, :, None, None], self.norm2)
+        hidden = self.conv2(self.dropout(hidden))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
         out: Tensor = x + hidden
