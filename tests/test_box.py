@@ -20,7 +20,7 @@ from sfumato.systems.latent import Latent
 from . import tiny
 
 SHEET = Path(__file__).parent / "data" / "emoji.png"
-"""Drawn by `sfumato.load("emoji")` with the prompts and seeds below, 20 steps, float32, on an AMD Zen 5."""
+"""Drawn by `sfumato.load("emoji")` with the prompts and seeds below, 20 steps, float32, on an AMD Zen 4."""
 PROMPTS = ["smiling face", "red heart, fluent flat style", "a cat face", "man with beard"]
 
 
