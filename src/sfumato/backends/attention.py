@@ -86,7 +86,8 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def _longest(rows: Tensor) -> Tensor:
     """The length of the longest row, float32."""
-    return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).max()
+    length: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32)
+    return length.max()
 
 
 def adaptive(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

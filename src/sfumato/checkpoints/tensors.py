@@ -150,7 +150,7 @@ def _converted(stored: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty_like(stored, dtype=dtype, memory_format=layout_of(stored))
     halves = stored.dtype != dtype and stored.is_floating_point() and stored.element_size() == dtype.itemsize == 2
     rows = max(1, _PIECE // max(1, stored[0].numel()))
-    for there, here in zip(out.split(rows), stored.split(rows), strict=True):
+    for there, here in zip(torch.split(out, rows), torch.split(stored, rows), strict=True):
         part = here.float() if halves else here
         there.copy_(part.to(dtype) if stored.ndim == 4 else part)
     return out
