@@ -18,12 +18,12 @@ import os
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from earlier import ROOT, sources
+
 WITHOUT_BACKENDS = "42d6c89"
 
 DRAW = """
@@ -51,17 +51,6 @@ for seed in range(pictures):
 spent["whole"] = time.perf_counter() - began
 print(json.dumps({name: seconds / pictures for name, seconds in spent.items()}))
 """
-
-
-def exported(commit: str, folder: Path) -> Path:
-    """The sources of a commit."""
-    archive = subprocess.run(["git", "-C", ROOT, "archive", commit, "src"], capture_output=True, check=True).stdout
-    with tempfile.TemporaryFile() as file:
-        file.write(archive)
-        file.seek(0)
-        with tarfile.open(fileobj=file) as tar:
-            tar.extractall(folder, filter="data")
-    return folder / "src"
 
 
 def drawn(source: Path, pictures: int, steps: int, options: dict[str, str]) -> dict[str, float]:
@@ -98,7 +87,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        before, now = exported(args.before, Path(temporary)), ROOT / "src"
+        before, now = sources(args.before, Path(temporary)), ROOT / "src"
         sides: dict[str, tuple[Path, dict[str, str]]] = {
             "before": (before, {}), "now": (now, {}), "now, bfloat16": (now, {"dtype": "bfloat16"}),
         }  # fmt: skip

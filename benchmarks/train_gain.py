@@ -23,15 +23,14 @@ import os
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from earlier import ROOT, sources
+
 BEFORE = "ed8bcb4"
 NOW, EARLIER = "now", "earlier"
 Step = Callable[[], float]
@@ -101,29 +100,14 @@ def latent_step() -> Step:
 def unet_step(*, bfloat16: bool) -> Step:
     """A step of the article's network in a user's loop (`train_step.py`)."""
     import torch
+    import train_step
 
     import sfumato
 
     torch.manual_seed(0)
-    diffusion = sfumato.GaussianDiffusion(
-        sfumato.Unet(dim=64, dim_mults=(1, 2, 4, 8)), image_size=64, objective="pred_v", beta_schedule="sigmoid"
-    )
-    pictures = torch.rand((8, 3, 64, 64))
-    if bfloat16:
-        diffusion.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        pictures = pictures.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
-
-    def step() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            loss = diffusion(pictures)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss.detach())
-
-    return step
+    diffusion = sfumato.GaussianDiffusion(sfumato.Unet(dim=64, dim_mults=(1, 2, 4, 8)), **train_step.DIFFUSION)
+    pictures = torch.rand((train_step.BATCH, 3, train_step.SIZE, train_step.SIZE))
+    return train_step.stepper(diffusion, pictures, bfloat16=bfloat16, channels_last=bfloat16)
 
 
 STEPS: dict[str, Callable[[], Step]] = {
@@ -184,14 +168,6 @@ class Side:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
-
-
-def sources(commit: str, folder: Path) -> Path:
-    """`src` of an earlier commit, laid out in a folder."""
-    packed = subprocess.run(["git", "archive", commit, "src"], cwd=ROOT, check=True, capture_output=True).stdout
-    with tarfile.open(fileobj=BytesIO(packed)) as archive:
-        archive.extractall(folder, filter="data")
-    return folder / "src"
 
 
 def compare(name: str, trees: dict[str, Path], rounds: int) -> dict[str, Any]:

@@ -226,7 +226,7 @@ def test_the_choice_is_measured_in_half_precision_alone(monkeypatch: pytest.Monk
     for direct, other, expected in ((1.2, 1.0, "winograd"), (1.1, 1.0, "direct")):
         winograd.chosen.cache_clear()
         seconds = iter((direct, other))
-        monkeypatch.setattr(winograd, "_least", lambda call, seconds=seconds: next(seconds))
+        monkeypatch.setattr(winograd, "least_seconds", lambda call, seconds=seconds: next(seconds))
         assert winograd.chosen(torch.bfloat16, CPU) == expected
     winograd.chosen.cache_clear()
 

@@ -17,7 +17,6 @@ True
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -27,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.profiler import record_function
 
+from sfumato.backends.timing import least_seconds
 from sfumato.networks.attention import KERNELS, Kernel, sdpa, set_attention_kernel
 
 SCOPE = "sfumato::attention"
@@ -110,15 +110,9 @@ def chosen(dtype: torch.dtype, device: torch.device) -> str:
     return "adaptive" if _least(sdpa, q, k, v) > MARGIN * _least(adaptive, q, k, v) else "sdpa"
 
 
-@torch.no_grad()
-def _least(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, repeat: int = 3) -> float:
-    """Seconds of a call, the least of some after one that does not count."""
-    found = []
-    for _ in range(repeat + 1):
-        began = time.perf_counter()
-        kernel(q, k, v, None, 0.16)
-        found.append(time.perf_counter() - began)
-    return min(found[1:])
+def _least(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> float:
+    """Seconds of a call."""
+    return least_seconds(lambda: kernel(q, k, v, None, 0.16))
 
 
 @contextmanager

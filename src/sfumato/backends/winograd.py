@@ -23,7 +23,6 @@ True
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from sfumato.backends.driven import own_forward
+from sfumato.backends.timing import least_seconds
 from sfumato.networks.resnet import Upsample2D
 
 ALGORITHMS = ("direct", "winograd")
@@ -401,16 +401,5 @@ def chosen(dtype: torch.dtype, device: torch.device) -> str:
     x = torch.randn(_PROBE, generator=random).to(dtype).to(memory_format=torch.channels_last)
     weight = torch.randn(_PROBE[1], _PROBE[1], 3, 3, generator=random).to(dtype).to(memory_format=torch.channels_last)
     kernels = transformed(weight)
-    direct = _least(lambda: F.conv2d(x, weight, padding=1))
-    return "winograd" if direct > MARGIN * _least(lambda: convolve(x, kernels, None)) else "direct"
-
-
-@torch.no_grad()
-def _least(call: Callable[[], Tensor], repeat: int = 3) -> float:
-    """Seconds of a call, the least of some after one that does not count."""
-    found = []
-    for _ in range(repeat + 1):
-        began = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - began)
-    return min(found[1:])
+    direct = least_seconds(lambda: F.conv2d(x, weight, padding=1))
+    return "winograd" if direct > MARGIN * least_seconds(lambda: convolve(x, kernels, None)) else "direct"

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import resource
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +23,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sfumato.backends import attention, winograd
+from sfumato.backends.timing import least_seconds
 from sfumato.condition import Condition
 from sfumato.diffusion.level import NoiseLevel
 from sfumato.networks.unet_condition import UNet2DConditionModel
@@ -81,9 +80,9 @@ def measured(
     def step() -> None:
         model.denoiser(x, level, condition, None)
 
-    decode = _least(lambda: model.pictures(x[:batch]), device, repeat) if isinstance(model, Latent) else 0.0
+    decode = least_seconds(lambda: model.pictures(x[:batch]), device, repeat) if isinstance(model, Latent) else 0.0
     return Speed(
-        step=_least(step, device, repeat),
+        step=least_seconds(step, device, repeat),
         decode=decode,
         step_flop=_flop(model, x, level, condition),
         decode_flop=_decode_flop(model, x[:batch]),
@@ -95,19 +94,7 @@ def measured(
 def matmul_rate(dtype: torch.dtype, device: torch.device, size: int = 2048, repeat: int = 5) -> float:
     """FLOP a second of a square matrix product."""
     a = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    return 2 * size**3 / _least(lambda: a @ a, device, repeat)
-
-
-def _least(call: Callable[[], Any], device: torch.device, repeat: int) -> float:
-    """The least time of some calls, after one that does not count."""
-    times = []
-    for _ in range(repeat + 1):
-        began = time.perf_counter()
-        call()
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-        times.append(time.perf_counter() - began)
-    return min(times[1:])
+    return 2 * size**3 / least_seconds(lambda: a @ a, device, repeat)
 
 
 def _condition(model: Drawing, rows: int, shape: tuple[int, int, int]) -> Condition:
