@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 
 from sfumato import __version__, models
-from sfumato.backends import registry, winograd
+from sfumato.backends import openvino, registry, winograd
+from sfumato.backends.attention import check as check_kernel
 from sfumato.backends.attention import chosen, using
 from sfumato.backends.fast import FastSettings, level
 from sfumato.checkpoints.formats.families import Prediction, family_named
@@ -104,8 +105,7 @@ class Model:
         if tiles not in TILES:
             raise_unknown("choice of tiles", tiles, TILES)
         self.tiles = tiles
-        if kernel != "auto" and kernel not in KERNELS:
-            raise_unknown("attention kernel", kernel, ["auto", *KERNELS])
+        check_kernel(kernel, DTYPES[self.dtype], self.device)
         self.kernel = kernel
         self.backend, networks = registry.chosen(backend), self.system.networks()
         for network in networks.values():
@@ -487,9 +487,7 @@ class Model:
             settings["guidance_interval"] = list(guidance.interval)
         return settings
 
-    def _savings(
-        self, fast: int | FastSettings | None, settings: Mapping[str, Any], sampler: Any
-    ) -> dict[str, Any]:
+    def _savings(self, fast: int | FastSettings | None, settings: Mapping[str, Any], sampler: Any) -> dict[str, Any]:
         """The setting `fast`, checked against the others; what of a level does nothing here is left out and told."""
         if fast is None:
             return {}
@@ -539,9 +537,7 @@ def _places(layout: str | Path | Sequence[Any] | None, classes: Given | None) ->
     return boxes | ({} if classes is None else {"map": ClassMap.of(classes)})
 
 
-def _on_the_way(
-    asked: Sequence[Asked], towards: str | None, towards_seed: int | None, several: bool
-) -> list[Asked]:
+def _on_the_way(asked: Sequence[Asked], towards: str | None, towards_seed: int | None, several: bool) -> list[Asked]:
     """The pictures that lead from a prompt and a seed to others, in equal steps."""
     if several:
         raise UserError("pictures on the way to a second prompt or seed begin with one prompt and no variation")
@@ -603,7 +599,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     made |= {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
     if device.type != "cpu":
         made["gpu"] = str(torch.get_device_module(device).get_device_name(device))
-    return made | {"kernel": getattr(attention_kernel(), "__name__", "custom")}
+    made["kernel"] = getattr(attention_kernel(), "__name__", "custom")
+    return made | ({"openvino": openvino.version()} if made["kernel"] == "openvino" else {})
 
 
 def load(
@@ -633,7 +630,8 @@ def load(
         averaged: read the running average of the weights (EMA) that some single files keep apart.
         allow_pickle: open `.ckpt` and `.bin`, by a reader that builds tensors and runs nothing.
         tiles: whether large pictures go through the codec in tiles: auto (where memory is short), always, never.
-        kernel: of attention: auto (the fastest here, by a short measurement), sdpa, blocks, adaptive or math.
+        kernel: of attention: auto (the fastest here, by a short measurement), sdpa, blocks, adaptive, math, or openvino
+            where that is installed.
         backend: who computes the networks: auto (torch), torch, compile (torch.compile) or openvino (on the CPU).
         convolution: how torch computes 3x3 convolutions: auto (the fastest here, by a short measurement), direct or
             winograd.

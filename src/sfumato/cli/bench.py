@@ -18,6 +18,8 @@ from sfumato.cli.options import whole
 from sfumato.errors import UserError, raise_unknown
 
 DTYPES = ("float32", "bfloat16")
+KERNELS = ("sdpa", "adaptive", "openvino")
+"""Attention kernels that are compared where nothing is asked, as far as they can be used."""
 FOREIGN = "openvino"
 Side = Annotated[int | None, typer.Option(parser=whole(8), metavar="N", help="In pixels. [the model's own]")]
 
@@ -31,7 +33,9 @@ def bench(
     height: Side = None,
     batch: Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Pictures at once.")] = 1,
     steps: Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Steps of the picture that is told.")] = 25,
-    kernel: Annotated[list[str] | None, typer.Option(help="Attention kernels. [sdpa and adaptive]")] = None,
+    kernel: Annotated[
+        list[str] | None, typer.Option(help="Attention kernels. [sdpa, adaptive, openvino if installed]")
+    ] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="Types. [float32 and bfloat16]")] = None,
     backend: Annotated[list[str] | None, typer.Option(help="torch, compile, openvino. [torch]")] = None,
     convolution: Annotated[str, typer.Option(help="Of torch: auto, direct, winograd.")] = "auto",
@@ -43,17 +47,20 @@ def bench(
     one: Annotated[bool, typer.Option("--one", hidden=True, help="Measure here, one kernel and one type.")] = False,
 ) -> None:
     """Time guided steps and the decoder, with memory, and the share of the machine's own rate that they reach."""
-    import sfumato.backends.attention  # noqa: F401  (its kernels are known by name from here on)
+    from sfumato.api import choose_device
     from sfumato.backends import registry, winograd
-    from sfumato.networks.attention import KERNELS
+    from sfumato.backends.attention import check, usable
+    from sfumato.systems.config import DTYPES as TYPES
 
-    kernels, dtypes, backends = kernel or ["sdpa", "adaptive"], dtype or list(DTYPES), backend or ["torch"]
-    for name in kernels:
-        if name not in KERNELS:
-            raise_unknown("attention kernel", name, KERNELS)
+    dtypes, backends = dtype or list(DTYPES), backend or ["torch"]
     for name in dtypes:
         if name not in (*DTYPES, "float16"):
             raise_unknown("dtype", name, (*DTYPES, "float16"))
+    place = choose_device(device)
+    kernels = {kind: kernel or [name for name in KERNELS if usable(name, TYPES[kind], place)] for kind in dtypes}
+    for kind, names in kernels.items():
+        for name in names:
+            check(name, TYPES[kind], place)
     if convolution not in ("auto", *winograd.ALGORITHMS):
         raise_unknown("way of convolving", convolution, ("auto", *winograd.ALGORITHMS))
     for name in backends:
@@ -64,7 +71,8 @@ def bench(
     if model is not None and random is not None:
         raise UserError("--model and --random each say what is measured; give one of them")
     if one:
-        print(json.dumps(_measure(model, random, width, height, batch, kernels[0], dtypes[0], repeat, device, profile,
+        kind, name = dtypes[0], kernels[dtypes[0]][0]
+        print(json.dumps(_measure(model, random, width, height, batch, name, kind, repeat, device, profile,
                                   allow_pickle, backends[0], convolution)))  # fmt: skip
         return
     shared = [] if model is None else ["--model", model]
@@ -73,11 +81,11 @@ def bench(
     shared += [] if height is None else ["--height", str(height)]
     shared += ["--batch", str(batch), "--repeat", str(repeat), "--device", device, *["--profile"] * profile]
     shared += [*["--allow-pickle"] * allow_pickle, "--convolution", convolution]
-    ways = [(by, name) for by in backends for name in (kernels[:1] if by == FOREIGN else kernels)]
     found = [
         _in_a_process([*shared, "--backend", by, "--kernel", name, "--dtype", kind])
-        for kind in dtypes
-        for by, name in ways
+        for kind, names in kernels.items()
+        for by in backends
+        for name in (names[:1] if by == FOREIGN else names)
     ]
     if as_json:
         print(json.dumps(found, indent=1))
