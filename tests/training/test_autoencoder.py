@@ -16,12 +16,13 @@ from sfumato.networks.discriminator import PatchDiscriminator, adaptive_weight, 
 from sfumato.networks.vq import code_counts
 from sfumato.systems import open_as
 from sfumato.systems.codec import CodecSystem
-from sfumato.training import run, state
+from sfumato.training import recipes, run, state
 from sfumato.training.data import Batch
 from sfumato.training.recipes import autoencoder
 
 from .. import tiny
 from .codec_cases import (
+    FEW,
     GAN,
     autoencoder_recipe,
     codec_settings,
@@ -345,7 +346,79 @@ def test_half_precision_trains(tmp_path: Path, data: Path) -> None:
     assert rough[0] == pytest.approx(fine[0], rel=0.1)
 
 
+# --- a decoder again
+
+
+@pytest.fixture(params=["kl", "vq"])
+def finished(request: pytest.FixtureRequest, tmp_path: Path, data: Path) -> Path:
+    """The run of a codec."""
+    run.train(autoencoder_recipe(codec_settings(data, request.param)), tmp_path / "codec", device=CPU, say=print)
+    return tmp_path / "codec"
+
+
+def again_settings(data: Path, codec: Path, **sections: Any) -> dict[str, Any]:
+    values = codec_settings(data, discriminator=GAN)
+    del values["model"]
+    return values | {"codec": str(codec), "noise": 0.3} | sections
+
+
+def test_only_the_decoder_is_trained_again(tmp_path: Path, data: Path, finished: Path) -> None:
+    recipe = autoencoder_recipe(again_settings(data, finished))
+    assert run.train(recipe, tmp_path / "again", device=CPU, say=print) == "finished"
+    before, after = (open_as(CodecSystem, folder / "model.safetensors") for folder in (finished, tmp_path / "again"))
+    assert after.config == before.config
+    changed = {name for name, value in after.tensors().items() if not torch.equal(value, before.tensors()[name])}
+    assert changed and all(name.startswith(("codec.decoder.", "codec.post_quant_conv.")) for name in changed)
+    assert any(name.startswith("codec.decoder.conv_out") for name in changed)
+
+
+def test_a_decoder_resumes_bit_for_bit(tmp_path: Path, data: Path, finished: Path) -> None:
+    recipe = autoencoder_recipe(again_settings(data, finished, train=FEW | {"save_every": 3}))
+    straight, cut = trainer_for(recipe, tmp_path / "straight"), trainer_for(recipe, tmp_path / "cut")
+    straight.train()
+    cut.config = recipe.train.model_copy(update={"steps": 3})
+    cut.learning_rate = straight.learning_rate  # type: ignore[method-assign]
+    cut.train()
+    again = resumed(recipe, tmp_path / "cut")
+    again.train()
+    assert_equal(everything(again), everything(straight))
+    assert straight.export().read_bytes() == again.export().read_bytes()
+
+
+def test_a_decoder_meets_noise_of_many_strengths(data: Path, tmp_path: Path) -> None:
+    run.train(autoencoder_recipe(codec_settings(data)), tmp_path / "codec", device=CPU, say=print)
+    task = task_for(autoencoder_recipe(again_settings(data, tmp_path / "codec")))
+    x = torch.zeros(4000, 3, 16, 16)
+    noise = task._noise(x, torch.Generator().manual_seed(0))
+    assert noise is not None and noise.shape == (4000, 2, 8, 8)
+    each = noise.flatten(1).std(1)
+    assert float(each.square().mean().sqrt()) == pytest.approx(0.3, rel=0.05)
+    assert float((each < 0.03).float().mean()) > 0.05 and float(each.max()) > 0.8
+    task.network.eval()  # validation is of latents as they are
+    batch = task.data.gather(range(4))
+    with torch.no_grad():
+        found = task.loss(batch, torch.Generator().manual_seed(0), CPU).figures["reconstruction"]
+        z = task.stage.codec.encode(batch.to_float()).mean
+        wanted = (task.stage.codec.decode(z) - batch.to_float()).abs()
+    assert found <= float(wanted.mean()) + 1e-6
+
+
 # --- refusals
+
+
+def test_what_goes_together_is_said_once(tmp_path: Path, data: Path) -> None:
+    with pytest.raises(UserError, match="model and codec each say what is trained"):
+        autoencoder_recipe(codec_settings(data) | {"codec": "emoji"})
+    with pytest.raises(UserError, match="noise is for the decoder of a finished codec"):
+        autoencoder_recipe(codec_settings(data) | {"noise": 0.1})
+    with pytest.raises(UserError, match="data.size 18 is not a multiple of the codec's factor 4"):
+        autoencoder_recipe(again_settings(data, Path("emoji")) | {"data": {"path": str(data), "size": 18}})
+    values = codec_settings(data)
+    del values["model"]
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+    for override, said in (("noise=0.1", "names neither a model nor a codec"), ("codec=emjoi", "no codec at emjoi")):
+        with pytest.raises(UserError, match=said):
+            recipes.load(str(tmp_path / "r.yaml"), [override])
 
 
 @pytest.mark.parametrize(

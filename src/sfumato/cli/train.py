@@ -95,7 +95,8 @@ def validate_recipe(
     name: Annotated[str, typer.Argument(help="A recipe, or FILE.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings.")] = None,
 ) -> None:
-    """Check a recipe without training. A latent one that names no codec is checked over pixels."""
+    """Check a recipe without training. Where a codec has to be named, a latent one is checked over pixels, a decoder's
+    with the codec of emoji."""
     from sfumato.training import recipes
 
     given = [*(overrides or [])]
@@ -104,5 +105,7 @@ def validate_recipe(
         sized = isinstance(values.get("data"), dict) and "size" in values["data"]
         stand_in = [] if values.get("codec") else ["codec=pixels", *([] if sized else ["data.size=64"])]
         given = [*stand_in, *given]
+    elif values.get("recipe") == "autoencoder" and not {"model", "codec"} & {*values}:
+        given = ["codec=emoji", *given]
     recipes.load(name, given, data=".")
     print(f"{name} is a valid recipe")

@@ -85,10 +85,12 @@ def load(
     if not isinstance(method, str) or method not in METHODS:
         hint = nearest(str(method), METHODS)
         raise UserError(f"{where}: recipe must be one of {', '.join(METHODS)}, got {method!r}{hint}")
-    if method == "latent" and values.get("codec") is None:
+    named = values.get("codec")
+    if method == "latent" and named is None:
         raise UserError(f"{where} names no codec; give --codec RUN of a first stage, or codec=pixels for none")
-    named = str(values.get("codec"))
-    if method == "latent" and named != PIXELS and named not in models.names() and not Path(named).exists():
+    if method == "autoencoder" and named is None and values.get("model") is None:
+        raise UserError(f"{where} names neither a model nor a codec; give --codec RUN of the one to train on")
+    if isinstance(named, str) and named not in (PIXELS, *models.names()) and not Path(named).exists():
         raise UserError(f"{where}: there is no codec at {named}{nearest(named, models.names())}")
     if isinstance(values.get("data", {}), dict) and "path" not in values.get("data", {}):
         raise UserError(f"{where} names no data; give --data FOLDER, or data.path in the recipe")

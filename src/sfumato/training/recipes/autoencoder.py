@@ -1,5 +1,10 @@
 """Train a first stage: an autoencoder with KL regularisation or a codebook, L1, a perceptual loss and a discriminator.
 
+A finished one's decoder can be trained again (`codec`), on latents with noise: a diffusion model's latents are never
+quite those of the encoder, and a decoder that has only seen those makes much of little (Zheng 2025, "Diffusion
+transformers with representation autoencoders", section 3.3). Encoder and latents stay, so that models trained on them
+take the new decoder as they are.
+
 >>> recipe = AutoencoderRecipe(data={"path": "pictures", "size": 64}, model={"kind": "kl"})
 >>> recipe.loss.perceptual_network
 'lite0'
@@ -16,6 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sfumato.checkpoints.io import load_strictly
+from sfumato.codecs import KLCodec, VQCodec
 from sfumato.diffusion.objective import Loss
 from sfumato.errors import UserError
 from sfumato.evaluation.reconstruction import psnr
@@ -24,10 +30,13 @@ from sfumato.networks.autoencoder import AutoencoderKL, VQModel
 from sfumato.networks.discriminator import PatchDiscriminator, hinge_d, hinge_g, vanilla_d, vanilla_g
 from sfumato.networks.vq import code_counts, perplexity, restart_dead
 from sfumato.random import derived_seed
+from sfumato.systems import open_codec
 from sfumato.systems.codec import CodecConfig, CodecSystem, standardised
 from sfumato.systems.config import Strict, parse
+from sfumato.training.cache import full_precision
 from sfumato.training.config import OptimizerConfig, TrainConfig
 from sfumato.training.data import Batch, DataConfig, PictureSet
+from sfumato.training.first_stage import codec_file
 from sfumato.training.perceptual import perceptual_loss
 
 _MEASURED = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
@@ -120,14 +129,19 @@ class AutoencoderRecipe(Strict):
 
     Attributes:
         data: the pictures. model: kind and network of the codec.
-        loss, discriminator, restart: see there; `restart` is for codebooks.
+        codec: instead of `model`, a finished codec (run, model file, name) whose decoder is trained again.
+        noise: that its latents get meanwhile, in their own standard deviations: normal, with a deviation that is drawn
+            for each picture from |N(0, noise^2)|.
+        loss, discriminator, restart: see there; `restart` is for codebooks, which stay where only a decoder is trained.
         train: how long, how large, how often.
     """
 
     recipe: Literal["autoencoder"] = "autoencoder"
     description: str = ""
     data: DataConfig
-    model: CodecModelConfig
+    model: CodecModelConfig | None = None
+    codec: str | None = None
+    noise: float = Field(default=0.0, ge=0)
     loss: ReconstructionConfig = ReconstructionConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     restart: RestartConfig = RestartConfig()
@@ -147,8 +161,16 @@ class AutoencoderRecipe(Strict):
             }
         )
 
-    def codec(self) -> CodecConfig:
+    def stage(self, device: str = "cpu") -> CodecSystem:
+        """The codec as training finds it: fresh weights (none on "meta"), or the one whose decoder is trained again."""
+        if self.codec is not None:
+            return open_codec(codec_file(self.codec))[0]
+        return CodecSystem.create(self.config(), device)
+
+    def config(self) -> CodecConfig:
         """The config of the codec that this recipe trains; the scale of its latents is measured at the end."""
+        if self.model is None:
+            raise UserError("model is missing: kind and network of what is trained")
         if given := sorted({*_MEASURED} & {*self.model.network}):
             raise UserError(f"model.network.{given[0]} is measured when the training ends; leave it out")
         own = {"size": self.data.size, "channels": self.data.channels}
@@ -156,9 +178,18 @@ class AutoencoderRecipe(Strict):
 
     def check(self) -> None:
         """Refuse what cannot be built or does not go together; no weights are made. Raises `UserError`."""
-        factor = CodecSystem.create(self.codec(), "meta").codec.factor
+        if self.model is not None and self.codec is not None:
+            raise UserError("model and codec each say what is trained; leave one of them out")
+        if self.codec is None and self.noise:
+            raise UserError("noise is for the decoder of a finished codec; name it with --codec, or leave noise out")
+        stage = self.stage("meta")
+        if stage.codec.network is None:
+            raise UserError(f"{self.codec} has no decoder that could be trained")
+        if stage.config.channels != self.data.channels:
+            raise UserError(f"the codec takes {stage.config.channels} channels, data.channels is {self.data.channels}")
+        factor = stage.codec.factor
         if not 2 <= factor <= 32:
-            raise UserError(f"model.network has a factor of {factor}; a first stage shrinks by 2 to 32")
+            raise UserError(f"{self._named} has a factor of {factor}; a first stage shrinks by 2 to 32")
         if self.data.size % factor:
             raise UserError(f"data.size {self.data.size} is not a multiple of the codec's factor {factor}")
         if self.data.channels != 3 and self.loss.perceptual:
@@ -172,6 +203,11 @@ class AutoencoderRecipe(Strict):
                 )
         if not self.loss.pixel and not self.loss.perceptual:
             raise UserError("loss.pixel and loss.perceptual are both 0, so nothing would be learnt")
+
+
+    @property
+    def _named(self) -> str:
+        return "model.network" if self.codec is None else f"the codec {self.codec}"
 
 
 class Reconstruction(nn.Module):
@@ -193,29 +229,56 @@ class Reconstruction(nn.Module):
         return x_hat, config.codebook * q.loss(config.beta, legacy=config.legacy), q.codes
 
 
+class Decoding(nn.Module):
+    """The same through a finished codec's latents with noise, where only the way back is trained."""
+
+    def __init__(self, codec: KLCodec | VQCodec) -> None:
+        super().__init__()
+        self.codec, self.trained = codec, decoder_of(codec.network)
+
+    def forward(self, x: Tensor, noise: Tensor | None, config: ReconstructionConfig) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Reconstruction`; `noise` in standard deviations of the latents. The regularisation is 0."""
+        with full_precision(), torch.no_grad():
+            z = self.codec.encode(x).mean
+        return self.codec.decode(z if noise is None else z + noise.to(z)), x.new_zeros(()), torch.empty(0)
+
+
+def decoder_of(network: AutoencoderKL | VQModel) -> nn.Module:
+    """What of an autoencoder leads from latents to pictures, under its own names."""
+    parts = nn.Module()
+    for name in ("post_quant_conv", "decoder"):
+        parts.add_module(name, getattr(network, name))
+    return parts
+
+
 class AutoencoderTask:
     """The trainer's view of a first stage's training (see `sfumato.training.trainer.Task`)."""
 
     def __init__(self, recipe: AutoencoderRecipe, data: PictureSet, validation: PictureSet | None) -> None:
         self.recipe, self.data, self.validation = recipe, data, validation
         torch.manual_seed(recipe.train.seed)
-        self.stage = CodecSystem.create(recipe.codec())
-        network = self.stage.codec.network
-        assert isinstance(network, AutoencoderKL | VQModel)
-        self.network: nn.Module = network
-        self._autoencoder = network
+        self.stage = recipe.stage()
+        assert isinstance(self.stage.codec, KLCodec | VQCodec)
+        network = self._autoencoder = self.stage.codec.network
         if recipe.train.gradient_checkpointing:
             network.enable_gradient_checkpointing()
+        self.network: nn.Module = network
         self.through: nn.Module = Reconstruction(network)
+        self._learns_codes = isinstance(network, VQModel) and recipe.codec is None
+        if recipe.codec is not None:
+            network.eval().requires_grad_(False)
+            self.through = Decoding(self.stage.codec)
+            self.network = self.through.trained.requires_grad_(True)
         self.adversary = Discriminator(recipe) if recipe.discriminator.weight else None
         self.distance = perceptual_loss(recipe.loss.perceptual_network) if recipe.loss.perceptual else None
         self.memory: dict[str, Tensor] = {}
-        if isinstance(network, VQModel):
+        if self._learns_codes:
+            assert isinstance(network, VQModel)
             self.memory["code_counts"] = torch.zeros(network.config.num_vq_embeddings, dtype=torch.int64)
         self._step, self._fresh = 0, False
 
     def wrap(self, prepare: Callable[[nn.Module], nn.Module]) -> None:
-        whole = self.through if isinstance(self.through, Reconstruction) else self.through.module
+        whole = self.through if isinstance(self.through, Reconstruction | Decoding) else self.through.module
         self.through = prepare(whole)  # type: ignore[arg-type]
 
     def begin(self, step: int) -> None:
@@ -226,7 +289,7 @@ class AutoencoderTask:
         training = self.network.training
         if self.distance is not None:
             self.distance.to(device)
-        if training and isinstance(self.network, VQModel):
+        if training and self._learns_codes:
             self._care_for_codes(x)
         x_hat, regular, codes = self.through(x, self._noise(x, generator) if training else None, self.recipe.loss)
         seen = x_hat.detach().float().requires_grad_()
@@ -249,12 +312,15 @@ class AutoencoderTask:
         return Loss(value, each.detach(), None, each, figures=figures)
 
     def _noise(self, x: Tensor, generator: torch.Generator) -> Tensor | None:
-        """The normal numbers that latents are sampled with; None for a codebook."""
-        codec = self.stage.codec
-        if not isinstance(self.network, AutoencoderKL):
+        """The normal numbers that latents are sampled with, or the noise that a decoder meets; None for a codebook."""
+        codec, again = self.stage.codec, self.recipe.codec is not None
+        if not again and not isinstance(self._autoencoder, AutoencoderKL):
             return None
         shape = (len(x), codec.channels, x.shape[2] // codec.factor, x.shape[3] // codec.factor)
-        return torch.randn(shape, generator=generator).to(x)
+        noise = torch.randn(shape, generator=generator)
+        if again:
+            noise *= self.recipe.noise * torch.randn(len(x), 1, 1, 1, generator=generator).abs()
+        return noise.to(x)
 
     def _errors(self, x_hat: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Pixel error and perceptual distance, (B,) each."""
@@ -301,13 +367,14 @@ class AutoencoderTask:
         due = config.every and self._step and self._step % config.every == 0
         if not (fresh and due and self._step < config.until * self.recipe.train.steps):
             return
-        assert isinstance(self.network, VQModel)
+        network = self._autoencoder
+        assert isinstance(network, VQModel)
         with torch.no_grad():
-            h = self.network.encode(x).float().permute(0, 2, 3, 1).flatten(0, 2).contiguous()
+            h = network.encode(x).float().permute(0, 2, 3, 1).flatten(0, 2).contiguous()
         if _several_processes():
             torch.distributed.broadcast(h, 0)
         generator = torch.Generator().manual_seed(derived_seed("codes", self.recipe.train.seed, self._step))
-        restart_dead(self.network.quantize.embedding.weight.data, counts, h, generator, config.threshold)
+        restart_dead(network.quantize.embedding.weight.data, counts, h, generator, config.threshold)
         counts.zero_()
 
     def _count(self, used: Tensor) -> None:
@@ -329,16 +396,21 @@ class AutoencoderTask:
         return sheet(rows, columns=min(8, len(x)), scale=max(1, 96 // self.recipe.data.size))
 
     def tensors(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {f"codec.{name}": tensor for name, tensor in weights.items()}
+        return {f"codec.{name}": tensor for name, tensor in (self._autoencoder.state_dict() | weights).items()}
 
     def weights(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name.removeprefix("codec."): tensor for name, tensor in tensors.items()}
+        named = {name.removeprefix("codec."): tensor for name, tensor in tensors.items()}
+        if self.recipe.codec is None:
+            return named
+        return {name: named[name] for name in self.network.state_dict() if name in named}
 
     def model_config(self) -> dict[str, Any]:
         return self.stage.config.model_dump(mode="json")
 
     def finished(self, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The codec with latents made standard over the training pictures."""
+        """The codec with latents made standard over the training pictures, or as they were."""
+        if self.recipe.codec is not None:
+            return self.tensors(dict(weights)), self.model_config()
         stage = CodecSystem.create(self.stage.config)
         assert stage.codec.network is not None
         load_strictly(stage.codec.network, dict(weights), what="the codec")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,7 +16,6 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
 
-from sfumato import models
 from sfumato.checkpoints import hashes
 from sfumato.checkpoints.formats.diffusers import component_sha256
 from sfumato.codecs import Moments
@@ -33,13 +31,12 @@ from sfumato.systems.asked import Asked
 from sfumato.systems.codec import CodecConfig, CodecSystem
 from sfumato.systems.config import PredictionConfig, SamplingConfig, ScheduleConfig, Strict, parse
 from sfumato.systems.ddpm import objective_from
-from sfumato.systems.exchange import holds_first_stage
 from sfumato.systems.latent import TEXT, Latent, LatentConfig
 from sfumato.tasks.draw import draw
-from sfumato.training import state
 from sfumato.training.cache import LatentCache, full_precision
 from sfumato.training.config import TrainConfig
 from sfumato.training.data import Batch, DataConfig, PictureSet
+from sfumato.training.first_stage import codec_file
 from sfumato.training.recipes.conditions import ConditionRecipe, Frame, Seen, described, kinds_of
 
 PIXELS = "pixels"
@@ -112,24 +109,6 @@ class LatentRecipe(Strict):
         if self.codec == PIXELS:
             return CodecSystem.create(CodecConfig(kind="pixels", size=self.data.size, channels=self.data.channels))
         return open_codec(codec_file(self.codec))[0]
-
-
-def codec_file(path: str) -> Path:
-    """What a codec's name means: a model of the box, a run's finished model, else that file or diffusers folder itself.
-
-    Raises:
-        UserError: when the run is not finished, since the latents' scale is measured at the end.
-    """
-    if path in models.names():
-        return models.weights(path)
-    if not Path(path).is_dir() or holds_first_stage(path):
-        return Path(path)
-    if (Path(path) / state.AVERAGE).is_file():
-        raise UserError(f"{path} is a checkpoint, whose latents are not measured yet; give the finished run")
-    finished = Path(path) / state.MODEL
-    if not finished.is_file():
-        raise UserError(f"the codec's run {path} is not finished: it has no {state.MODEL}")
-    return finished
 
 
 class Together(nn.Module):
