@@ -1,13 +1,14 @@
 """The levels of `--fast`: what each saves, and how far its pictures are from the exact ones.
 
     python benchmarks/fast_levels.py --data emoji64.parquet [--captions N] [--levels 1,2,3] [--out fast_levels.json]
-    python benchmarks/fast_levels.py --family sd1 --size 512 --steps 25 --dtype bfloat16
+    python benchmarks/fast_levels.py --family sd1 --size 512 --steps 25 --dtype bfloat16 [--peer]
 
 With `--data` a text model draws the held-out captions, exactly and at each level in turn, all with the same seeds:
 seconds a picture, PSNR and feature distance to the exact picture, and KID and FD of each against the training pictures,
 as `sfumato evaluate text` measures them. With `--family` a model of a published layout with random weights draws one
 prompt: seconds of the sampling loop and of the whole picture, and PSNR. Random weights make a chaotic network, so that
-PSNR says how soon two runs part, not how alike pictures look.
+PSNR says how soon two runs part, not how alike pictures look. `--peer` times guided steps of diffusers' network with
+the same weights (Stable Diffusion 1, bfloat16, channels-last) before and after, and tells how much faster a loop is.
 
 All take turns in one process, and who begins moves on every round. Work is counted by torch on a copy of the network
 without memory, called as the network was called. `--sheet` writes the pictures of some captions, one row for each way.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import stable_speed
 import torch
 from PIL import Image
 from torch import Tensor
@@ -210,16 +213,38 @@ def chosen(held_out: Captioned, count: int) -> list[str]:
     return prompts if count == 0 else [prompts[i * len(prompts) // count] for i in range(count)]
 
 
+def peer_of(model: api.Model, size: int) -> Callable[[], float]:
+    """Seconds of a guided step of diffusers with the weights of a model."""
+    unet, _ = stable_speed.theirs(model, torch.bfloat16, channels_last=True)
+    step, _ = stable_speed.driven(lambda x, t, c: unet(x, t, c, return_dict=False)[0], lambda z: z,
+                                  stable_speed.given(size), torch.bfloat16)  # fmt: skip
+    step()
+
+    def timed() -> float:
+        began = time.perf_counter()
+        step()
+        return time.perf_counter() - began
+
+    return timed
+
+
 def random_weights(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """A published layout with random weights, one picture in each way and round."""
     model = api.random_model(options.family, dtype="float32" if options.dtype == "auto" else options.dtype)
     all_ways = ways(options.levels, options.also)
     size = {"width": options.size, "height": options.size} if options.size else {}
+    peer = peer_of(model, options.size or model.system.config.size) if options.peer else None
+    theirs = [peer() for _ in range(3)] if peer is not None else []
     in_turns(model, all_ways, [PROMPT] * options.rounds, 1, {"steps": options.steps} | size)
+    theirs += [peer() for _ in range(3)] if peer is not None else []
     table = costs(model.system, all_ways, options.rounds)
     exact = pixels(all_ways[EXACT])
     for name, way in all_ways.items():
         table[name] |= nearness(exact, pixels(way), None)
+        if theirs:  # between the first stamp and the last there is one step less
+            loop = (options.steps - 1) * statistics.mean(theirs)
+            table[name] |= {"a step of diffusers": statistics.mean(theirs),
+                            "times diffusers' loop": loop * options.rounds / sum(way.loop)}  # fmt: skip
     return table
 
 
@@ -247,6 +272,7 @@ def main() -> None:
     parser.add_argument("--family", help="a published layout, drawn with random weights: sd1 …")
     parser.add_argument("--size", type=int, help="of its pictures; its own if left out")
     parser.add_argument("--rounds", type=int, default=1, help="how often it is drawn")
+    parser.add_argument("--peer", action="store_true", help="diffusers too, with --family sd1")
     parser.add_argument("--steps", type=int, help="20 with --data, 25 with --family, if left out")
     parser.add_argument("--levels", type=numbers, default=list(LEVELS), help="with commas between them")
     parser.add_argument("--also", action="append", default=[], metavar='NAME={"cache_every": 2}', help="more ways")
@@ -258,6 +284,8 @@ def main() -> None:
     options = parser.parse_args()
     if (options.data is None) == (options.family is None):
         parser.error("give either --data or --family")
+    if options.peer and options.family != "sd1":
+        parser.error("--peer needs --family sd1")
     options.also = dict(text.split("=", 1) for text in options.also)
     options.steps = options.steps or (20 if options.data is not None else 25)
     if options.threads:

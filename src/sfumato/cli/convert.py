@@ -30,7 +30,7 @@ def convert(
     ema: Annotated[
         bool, typer.Option("--ema", help="Take the running average of the weights that some single files keep apart.")
     ] = False,
-    vae: Annotated[Path | None, typer.Option(help="Another first stage: a file or a folder.")] = None,
+    vae: Annotated[Path | None, typer.Option(help="Another first stage: a file, a run or a folder.")] = None,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Open .ckpt and .bin, by a reader that builds tensors alone.")
     ] = False,
@@ -49,8 +49,9 @@ def convert(
     check_target(target, to)
     known: Any = prediction or "unknown"
     found = models.weights(source) if source in models.names() else weights_of(Path(source))
+    stage = weights_of(vae) if vae is not None else None
     done = run(
-        found, target, to=to, dtype=dtype, prediction=known, averaged=ema, allow_pickle=allow_pickle, vae=vae
+        found, target, to=to, dtype=dtype, prediction=known, averaged=ema, allow_pickle=allow_pickle, vae=stage
     )
     for note in done.notes:
         print(f"note: {note}")
