@@ -241,8 +241,8 @@ def random_weights(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     exact = pixels(all_ways[EXACT])
     for name, way in all_ways.items():
         table[name] |= nearness(exact, pixels(way), None)
-        if theirs:  # between the first stamp and the last there is one step less
-            loop = (options.steps - 1) * statistics.mean(theirs)
+        if theirs:  # as many calls of the network as the exact loop makes
+            loop = len(all_ways[EXACT].calls) * statistics.mean(theirs)
             table[name] |= {"a step of diffusers": statistics.mean(theirs),
                             "times diffusers' loop": loop * options.rounds / sum(way.loop)}  # fmt: skip
     return table

@@ -6,9 +6,7 @@ All sides hold the same random weights of the published size and take turns in o
 round. A step is what a program does between two latents: both branches of guidance in one call of the network, their
 mixture, one step of DDIM. Ours goes through the library's denoiser, guidance and solver; diffusers through its network
 and `DDIMScheduler`: in bfloat16 with channels-last (`nhwc`), in bfloat16 and in float32 as it comes. `openvino` is
-the network of diffusers converted by OpenVINO in bfloat16, driven the same way. `sfumato` is what is taken by itself,
-with OpenVINO's attention where it is installed; `sfumato-torch` takes torch alone; `sfumato-openvino` gives the whole
-network to OpenVINO.
+the network of diffusers converted by OpenVINO in bfloat16, driven the same way; `sfumato-openvino` our own path there.
 Prints the median seconds, what they are of the peers', and the share of the machine's own rate of bfloat16 products.
 `--errors` tells instead how far one call of the network in bfloat16 lies from float32, ours and diffusers'.
 """
@@ -30,7 +28,7 @@ from torch import Tensor
 
 import sfumato
 from sfumato import api
-from sfumato.backends.attention import chosen, usable, using
+from sfumato.backends.attention import chosen, using
 from sfumato.condition import Condition
 from sfumato.diffusion import grid as grids
 from sfumato.diffusion.guidance import classifier_free
@@ -41,7 +39,7 @@ from sfumato.tasks.bench import matmul_rate
 
 FAMILY, SCALE = "sd1", 7.5
 BEST, HALF, DEFAULT, FOREIGN = "diffusers-bf16-nhwc", "diffusers-bf16", "diffusers-fp32", "openvino"
-SIDES = ("sfumato", "sfumato-torch", BEST, HALF, DEFAULT, FOREIGN, "sfumato-openvino")
+SIDES = ("sfumato", BEST, HALF, DEFAULT, FOREIGN, "sfumato-openvino")
 Side = tuple[Callable[[], Any], Callable[[], Any]]
 """One guided step and one decoding."""
 
@@ -54,7 +52,7 @@ def given(size: int) -> dict[str, Tensor]:
     return {"x": noise(0, 1, 4, size // 8, size // 8), "said": noise(1, 1, 77, 768), "null": noise(2, 1, 77, 768)}
 
 
-def ours(model: api.Model, one: dict[str, Tensor], kernel: str) -> Side:
+def ours(model: api.Model, one: dict[str, Tensor]) -> Side:
     """The library's own way from one latent to the next."""
     denoiser, schedule = model.denoiser, model.denoiser.schedule
     denoise = classifier_free(denoiser, Condition(context=one["said"]), Condition(context=one["null"]), SCALE)
@@ -63,7 +61,7 @@ def ours(model: api.Model, one: dict[str, Tensor], kernel: str) -> Side:
 
     @torch.no_grad()
     def step() -> Tensor:
-        with using(kernel):
+        with using(chosen(torch.bfloat16, torch.device("cpu"))):
             return sample(denoise, solver, one["x"], levels, schedule, noise=noise)
 
     return step, lambda: model.system.pictures(one["x"])
@@ -155,14 +153,10 @@ def sides(names: list[str], size: int) -> dict[str, Side]:
     one, found = given(size), dict[str, Side]()
     model = api.random_model(FAMILY, dtype="bfloat16")
     if "sfumato" in names:
-        kernel = chosen(torch.bfloat16, torch.device("cpu"))
-        print(f"attention of sfumato: {kernel}")
-        found["sfumato"] = ours(model, one, kernel)
-    if "sfumato-torch" in names:
-        found["sfumato-torch"] = ours(model, one, "adaptive")
+        found["sfumato"] = ours(model, one)
     if "sfumato-openvino" in names:
         foreign = api.random_model(FAMILY, dtype="bfloat16", backend="openvino")
-        found["sfumato-openvino"] = ours(foreign, one, "adaptive")
+        found["sfumato-openvino"] = ours(foreign, one)
     for name, dtype in ((BEST, torch.bfloat16), (HALF, torch.bfloat16), (DEFAULT, torch.float32)):
         if name in names:
             unet, vae = theirs(model, dtype, channels_last=name == BEST)
@@ -174,10 +168,15 @@ def sides(names: list[str], size: int) -> dict[str, Side]:
 
 
 def measured(found: dict[str, Side], rounds: int, part: int) -> dict[str, list[float]]:
-    """Seconds of each round of one part (0: step, 1: decoder), after one that does not count."""
+    """Seconds of each round of one part (0: step, 1: decoder), after one that does not count.
+
+    In each turn the second of two is timed: a step follows one of its own, as in a picture, not one of another side,
+    which has left other memory behind.
+    """
     names, seconds = list(found), {name: list[float]() for name in found}
     for turn in range(rounds + 1):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            found[name][part]()
             began = time.perf_counter()
             found[name][part]()
             if turn:
@@ -196,7 +195,7 @@ def errors(size: int, times: tuple[float, ...] = (100.0, 500.0, 900.0)) -> None:
     del model
     half, bf16 = api.random_model(FAMILY, dtype="bfloat16"), torch.bfloat16
     small, said = x.to(bf16), context.to(bf16)
-    for kernel in [one for one in ("sdpa", "adaptive", "openvino") if usable(one, bf16, torch.device("cpu"))]:
+    for kernel in ("sdpa", "adaptive"):
         with using(kernel):
             network = half.denoiser.network
             found[f"sfumato, {kernel}"] = [network(small, torch.tensor([t, t]), context=said) for t in times]

@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 
 from sfumato import __version__, models
-from sfumato.backends import openvino, registry, winograd
-from sfumato.backends.attention import check as check_kernel
+from sfumato.backends import offload as offloading
+from sfumato.backends import registry, winograd
 from sfumato.backends.attention import chosen, using
 from sfumato.backends.fast import FastSettings, level
 from sfumato.checkpoints.formats.families import Prediction, family_named
@@ -73,6 +73,7 @@ class Model:
         system: what it is made of (config and denoiser).
         name: for people: the box's name, or the file's.
         sha256: of its weights' file.
+        device: where the networks compute.
         dtype: of the networks ("float32", "bfloat16", "float16"); pictures and solvers stay in float32.
         notes: what a user should know of how it was opened, each in one sentence.
         opening: the options of opening that change what it draws; stored with every picture.
@@ -80,6 +81,7 @@ class Model:
         kernel: of attention, by name; auto for the fastest here, by a short measurement.
         backend: who computes the networks: torch, compile or openvino.
         convolution: how torch computes 3x3 convolutions (`backends.winograd.ALGORITHMS`).
+        offload: which weights rest in the CPU's memory until they are needed (`backends.offload.WAYS`).
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Model:
         kernel: str = "auto",
         backend: str = "auto",
         convolution: str = "auto",
+        offload: str = "auto",
     ) -> None:
         if not isinstance(opened.system, DDPM | Latent):
             raise UserError(f"{name} holds a {opened.system.kind} model, which draws nothing by itself")
@@ -105,14 +108,19 @@ class Model:
         if tiles not in TILES:
             raise_unknown("choice of tiles", tiles, TILES)
         self.tiles = tiles
-        check_kernel(kernel, DTYPES[self.dtype], self.device)
+        if kernel != "auto" and kernel not in KERNELS:
+            raise_unknown("attention kernel", kernel, ["auto", *KERNELS])
         self.kernel = kernel
         self.backend, networks = registry.chosen(backend), self.system.networks()
+        self.offload = offloading.chosen(offload, networks, self.device, DTYPES[self.dtype], self.backend)
+        if offload == "auto" and self.offload != "never":
+            self.notes += (f"the memory that is free on {self.device} is short, so offload by {self.offload} is on",)
+        home = self.device if self.offload == "never" else torch.device("cpu")
         for network in networks.values():
-            network.to(self.device, DTYPES[self.dtype])
+            network.to(home, DTYPES[self.dtype])
             network.to(memory_format=registry.BACKENDS[self.backend].memory_format)  # type: ignore[call-overload]
         self.convolution = self._convolution(convolution)
-        registry.engage(self.backend, networks, self.device, DTYPES[self.dtype], self.convolution)
+        registry.engage(self.backend, networks, self.device, DTYPES[self.dtype], self.convolution, self.offload)
 
     @property
     def denoiser(self) -> Denoiser:
@@ -311,7 +319,8 @@ class Model:
         """A hook for `on_step` that calls `show(step, picture)` with what the picture is becoming, as small as its
         latents, by a linear map that is measured on the model's own codec."""
         try:
-            preview = LatentPreview.measured(self.system.codec, torch.Generator().manual_seed(0))
+            with offloading.resting(self.system.networks()):
+                preview = LatentPreview.measured(self.system.codec, torch.Generator().manual_seed(0), self.device)
         except PictureError as error:  # of random latents: what is drawn may decode all the same
             LOG.warning("there are no previews: %s", error)
             return keep
@@ -487,7 +496,9 @@ class Model:
             settings["guidance_interval"] = list(guidance.interval)
         return settings
 
-    def _savings(self, fast: int | FastSettings | None, settings: Mapping[str, Any], sampler: Any) -> dict[str, Any]:
+    def _savings(
+        self, fast: int | FastSettings | None, settings: Mapping[str, Any], sampler: Any
+    ) -> dict[str, Any]:
         """The setting `fast`, checked against the others; what of a level does nothing here is left out and told."""
         if fast is None:
             return {}
@@ -537,7 +548,9 @@ def _places(layout: str | Path | Sequence[Any] | None, classes: Given | None) ->
     return boxes | ({} if classes is None else {"map": ClassMap.of(classes)})
 
 
-def _on_the_way(asked: Sequence[Asked], towards: str | None, towards_seed: int | None, several: bool) -> list[Asked]:
+def _on_the_way(
+    asked: Sequence[Asked], towards: str | None, towards_seed: int | None, several: bool
+) -> list[Asked]:
     """The pictures that lead from a prompt and a seed to others, in equal steps."""
     if several:
         raise UserError("pictures on the way to a second prompt or seed begin with one prompt and no variation")
@@ -599,8 +612,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     made |= {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
     if device.type != "cpu":
         made["gpu"] = str(torch.get_device_module(device).get_device_name(device))
-    made["kernel"] = getattr(attention_kernel(), "__name__", "custom")
-    return made | ({"openvino": openvino.version()} if made["kernel"] == "openvino" else {})
+    return made | {"kernel": getattr(attention_kernel(), "__name__", "custom")}
 
 
 def load(
@@ -616,6 +628,7 @@ def load(
     kernel: str = "auto",
     backend: str = "auto",
     convolution: str = "auto",
+    offload: str = "auto",
 ) -> Model:
     """Open a model: a name from the box, a model file, a run, a checkpoint, a single file or a folder of Stable
     Diffusion.
@@ -625,16 +638,17 @@ def load(
         device: auto (a GPU if there is one), cpu, or another of torch's device names.
         dtype: of the networks: auto, float32, bfloat16 or float16. "auto" is half precision for large models where the
             machine computes with it natively (bfloat16 on a CPU, float16 on a GPU), else float32.
-        vae: another first stage: a file or a folder.
+        vae: another first stage: a file, a run or a folder.
         prediction: "eps" or "v" where a foreign file does not say it, or says it wrongly.
         averaged: read the running average of the weights (EMA) that some single files keep apart.
         allow_pickle: open `.ckpt` and `.bin`, by a reader that builds tensors and runs nothing.
         tiles: whether large pictures go through the codec in tiles: auto (where memory is short), always, never.
-        kernel: of attention: auto (the fastest here, by a short measurement), sdpa, blocks, adaptive, math, or openvino
-            where that is installed.
+        kernel: of attention: auto (the fastest here, by a short measurement), sdpa, blocks, adaptive or math.
         backend: who computes the networks: auto (torch), torch, compile (torch.compile) or openvino (on the CPU).
         convolution: how torch computes 3x3 convolutions: auto (the fastest here, by a short measurement), direct or
             winograd.
+        offload: for a GPU with little memory: never (all weights are there), networks (text encoders, UNet and codec
+            come when they are called), blocks (UNet and codec block by block), or auto (by the memory that is free).
 
     Raises:
         UserError: in one sentence, when it cannot be opened.
@@ -651,12 +665,15 @@ def load(
         found, name = weights_of(path), path.resolve().name.removesuffix(".safetensors")
     kind = _fitting_dtype(found, choose_device(device)) if dtype == "auto" else dtype
     registry.check(backend, choose_device(device), DTYPES[kind])
+    offloading.check(offload, choose_device(device), registry.chosen(backend))
+    stage = weights_of(Path(vae)) if vae is not None else None
     opened = open_system(
-        found, allow_pickle=allow_pickle, prediction=prediction, averaged=averaged, vae=vae, dtype=DTYPES[kind]
+        found, allow_pickle=allow_pickle, prediction=prediction, averaged=averaged, vae=stage, dtype=DTYPES[kind]
     )
     return Model(
-        opened, name, device=device, dtype=kind, tiles=tiles, kernel=kernel, backend=backend, convolution=convolution
-    )
+        opened, name, device=device, dtype=kind, tiles=tiles, kernel=kernel, backend=backend, convolution=convolution,
+        offload=offload,
+    )  # fmt: skip
 
 
 def random_model(
@@ -666,6 +683,7 @@ def random_model(
     dtype: str = "float32",
     backend: str = "auto",
     convolution: str = "auto",
+    offload: str = "auto",
 ) -> Model:
     """A model of a published layout with random weights: for measuring, not for drawing.
 
@@ -679,7 +697,7 @@ def random_model(
         network.eval()
     return Model(
         Opened(system, Path(), ""), f"random {family}", device=device, dtype=dtype, backend=backend,
-        convolution=convolution,
+        convolution=convolution, offload=offload,
     )  # fmt: skip
 
 

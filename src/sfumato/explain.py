@@ -32,7 +32,7 @@ from sfumato.images import from_pil, to_pil
 from sfumato.random import NoiseSource
 from sfumato.systems.asked import Asked
 from sfumato.systems.config import ScheduleConfig
-from sfumato.tasks.draw import guided
+from sfumato.tasks.draw import device_of, guided
 from sfumato.training.trainer import LEVEL_EDGES
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def reverse(
 
     picture = model.generate(prompt, seed=seed, label=label, steps=steps, on_step=record)[0]
     settings = picture.info["sfumato"]
-    device = next(model.denoiser.network.parameters()).device
+    device = device_of(model.system)
 
     def decoded(x: Tensor) -> Tensor:
         return model.system.pictures(x[None].to(device))[0].cpu()
@@ -269,7 +269,7 @@ def solvers(
         names=names, data=data.sample(count, torch.Generator().manual_seed(seed)), note=note,
     )  # fmt: skip
     note(model.name)
-    device = next(model.denoiser.network.parameters()).device
+    device = device_of(model.system)
     denoise = guided(model.system, [Asked()] * pictures, None)
     on_model = comparison.compare(
         denoise, path, lambda: NoiseSource(range(seed, seed + pictures), model.system.shape, device=device),

@@ -22,11 +22,10 @@ from PIL import Image
 
 from sfumato import models
 from sfumato.api import Model, load
-from sfumato.backends.attention import usable
 from sfumato.checkpoints import hashes
 from sfumato.errors import UserError
 from sfumato.images import read_settings
-from sfumato.systems.config import DTYPES
+from sfumato.networks.attention import KERNELS
 from sfumato.tasks.original import Given
 
 
@@ -110,8 +109,7 @@ def _model_of(
         raise UserError(
             f"the model of {path}, {settings['model']} ({wanted[:10]}), is not here; name it with --model PATH"
         )
-    kernel = str(made.get("kernel"))
-    kernel = kernel if usable(kernel, DTYPES[dtype], torch.device(device)) else "auto"
+    kernel = made.get("kernel") if made.get("kernel") in KERNELS else "auto"
     opened = load(
         found, device=device, dtype=dtype, vae=stage, allow_pickle=allow_pickle, kernel=kernel,
         backend=str(settings.get("backend", "torch")), convolution=str(made.get("convolution", "direct")), **opening,

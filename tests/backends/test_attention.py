@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from torch import Tensor
 
 from sfumato import api
-from sfumato.backends import attention, openvino
-from sfumato.backends.attention import adaptive, blocks, chosen, usable, using
-from sfumato.errors import UserError
+from sfumato.backends import attention
+from sfumato.backends.attention import adaptive, blocks, chosen, using
 from sfumato.networks.attention import KERNELS, attention_kernel, math, sdpa, set_attention_kernel
 
 
@@ -85,19 +82,6 @@ def test_the_choice_follows_the_measurement(monkeypatch: pytest.MonkeyPatch) -> 
     chosen.cache_clear()
 
 
-def test_openvino_is_taken_only_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    monkeypatch.setitem(sys.modules, "openvino", None)
-    openvino._core.cache_clear()
-    assert not usable("openvino", torch.float32, cpu)
-    with pytest.raises(UserError, match="attention kernel, needs OpenVINO, which is not installed"):
-        api.load("ddpm-emoji32", kernel="openvino")
-    monkeypatch.setattr(attention, "_least", lambda kernel, *_: 0.1 if kernel is attention.openvino else 1.0)
-    chosen.cache_clear()
-    assert chosen(torch.bfloat16, cpu) == "sdpa"
-    chosen.cache_clear()
-
-
 def test_a_kernel_is_used_within_a_block_only() -> None:
     before = attention_kernel()
     with pytest.raises(RuntimeError), using("math"):
@@ -117,4 +101,4 @@ def test_pictures_say_their_kernel_and_one_set_by_hand_stays() -> None:
     assert by_hand.info["sfumato"]["made_with"]["kernel"] == "math"
     with pytest.raises(api.UserError, match=r"unknown attention kernel 'blcks' \(did you mean 'blocks'\?\)"):
         api.load("ddpm-emoji32", kernel="blcks")
-    assert set(KERNELS) >= {"sdpa", "math", "blocks", "adaptive", "openvino"}
+    assert set(KERNELS) >= {"sdpa", "math", "blocks", "adaptive"}

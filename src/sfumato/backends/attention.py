@@ -4,8 +4,7 @@
 matrix units are fast in bfloat16 it leaves torch's fused kernel behind; only one block of scores is ever in memory.
 Scores are rounded to the type of the inputs, where the fused kernel keeps float32. Where scores are known to be small,
 and the values have room for another column, ones in it add up the weights, and one pass of exponentials stands in the
-place of the softmax. `adaptive` takes it for long inputs in half precision alone. `openvino` gives inputs that are
-worth a program of their own to OpenVINO's fused attention, where that is installed. The names are known to
+place of the softmax. `adaptive` takes it for long inputs in half precision alone. The names are known to
 `set_attention_kernel` once this module is imported.
 
 >>> from sfumato.networks.attention import math
@@ -27,10 +26,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.profiler import record_function
 
-from sfumato.backends import openvino_attention
-from sfumato.backends.openvino import engine
 from sfumato.backends.timing import least_seconds
-from sfumato.errors import UserError, raise_unknown
 from sfumato.networks.attention import KERNELS, Kernel, sdpa, set_attention_kernel
 
 SCOPE = "sfumato::attention"
@@ -41,9 +37,6 @@ LEAST = 1024
 """Queries and keys below which the fused kernel is not left."""
 SAFE = 60.0
 """No score can be larger where the longest query times the longest key is not: its exponential needs no shift then."""
-WORTH = 2**26
-"""Products of one call, B x heads x L x S x D, from which a program for its shape is worth the making: those of both
-halves of a batch with 77 words at 16 x 16 in Stable Diffusion."""
 MARGIN = 1.15
 """How much faster another kernel must be measured to be taken."""
 _LANES = 16  # products into a width that is a multiple of this are fast
@@ -56,16 +49,11 @@ def blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     Args:
         q: (B, heads, L, D). k, v: (B, heads, S, D). mask, scale: as every `Kernel`'s.
     """
-    if not _plain(q, k, v, mask):
+    trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if mask is not None or trained or q.device.type != "cpu":
         return sdpa(q, k, v, mask, scale)
     with record_function(SCOPE):
         return _blocks(q, k, v, scale)
-
-
-def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    """Whether kernels may take a call that know neither masks nor gradients, and only the CPU."""
-    trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return mask is None and not trained and q.device.type == "cpu"
 
 
 def _blocks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -109,49 +97,17 @@ def adaptive(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float)
     return sdpa(q, k, v, mask, scale)
 
 
-def openvino(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """OpenVINO's for calls of at least `WORTH` products; for smaller ones, with a mask, gradients, within torch's
-    compiler or on a GPU `adaptive`. Raises `UserError` where OpenVINO is not installed."""
-    if not _plain(q, k, v, mask) or q.shape.numel() * k.shape[2] < WORTH or torch.compiler.is_compiling():
-        return adaptive(q, k, v, mask, scale)
-    with record_function(SCOPE):
-        return openvino_attention.attend(q, k, v, scale)
-
-
-KERNELS |= {"blocks": blocks, "adaptive": adaptive, "openvino": openvino}
-
-
-def check(name: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse, with a `UserError`, a kernel that is unknown or not installed, or cannot compute there in that type;
-    "auto" is none of these."""
-    if name != "auto" and name not in KERNELS:
-        raise_unknown("attention kernel", name, ["auto", *KERNELS])
-    if name == "openvino":
-        engine(device, dtype)
-
-
-def usable(name: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `check` lets it pass."""
-    try:
-        check(name, dtype, device)
-    except UserError:
-        return False
-    return True
+KERNELS |= {"blocks": blocks, "adaptive": adaptive}
 
 
 @cache
 def chosen(dtype: torch.dtype, device: torch.device) -> str:
-    """The name of the kernel that is fastest here. `adaptive` and `openvino` must each be `MARGIN` times as fast as
-    what they take the place of, which they can only be in half precision on a CPU. Measured once in a process, at 2,048
-    tokens in heads of width 40."""
+    """The name of the kernel that is fastest here: `adaptive` where it is `MARGIN` times as fast as torch's own, which
+    can only be in half precision on a CPU. Measured once in a process, at 2,048 tokens in heads of width 40."""
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return "sdpa"
     q, k, v = (torch.randn(_PROBE, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3))
-    best, seconds = "sdpa", _least(sdpa, q, k, v)
-    for name in ("adaptive", "openvino"):
-        if usable(name, dtype, device) and seconds > MARGIN * (own := _least(KERNELS[name], q, k, v)):
-            best, seconds = name, own
-    return best
+    return "adaptive" if _least(sdpa, q, k, v) > MARGIN * _least(adaptive, q, k, v) else "sdpa"
 
 
 def _least(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> float:

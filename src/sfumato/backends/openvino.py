@@ -50,7 +50,7 @@ _tracing = threading.Lock()
 
 def version() -> str:
     """Of what is installed. Raises `UserError` where nothing is."""
-    package()
+    _openvino()
     return importlib.metadata.version("openvino")
 
 
@@ -63,40 +63,27 @@ def engine(device: torch.device, dtype: torch.dtype) -> Engine:
     """
     core = _core()
     if device.type != "cpu":
-        raise UserError(f"OpenVINO computes on the CPU, not on {device.type}; open the model with device cpu")
+        raise UserError(f"backend openvino computes on the CPU, not on {device.type}; open the model with device cpu")
     able = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if CAPABILITIES[dtype] not in able:
         kinds = [str(kind).removeprefix("torch.") for kind, name in CAPABILITIES.items() if name in able]
         name = str(dtype).removeprefix("torch.")
-        raise UserError(f"OpenVINO does not compute in {name} on this CPU, only in {' and '.join(kinds)}")
+        raise UserError(f"backend openvino does not compute in {name} on this CPU, only in {' and '.join(kinds)}")
     return Programs
 
 
-def package(part: str = "") -> Any:
-    """OpenVINO, or a module of it. Raises `UserError` where it is not installed."""
+def _openvino() -> Any:
     try:
-        return importlib.import_module("openvino" + (part and f".{part}"))
+        return importlib.import_module("openvino")
     except ImportError:
         raise UserError(
-            "openvino, as backend or attention kernel, needs OpenVINO, which is not installed: "
-            "pip install 'sfumato[openvino]'"
+            "backend openvino needs OpenVINO, which is not installed: pip install 'sfumato[openvino]'"
         ) from None
 
 
 @cache
 def _core() -> Any:
-    return package().Core()
-
-
-def compiled(model: Any, dtype: torch.dtype) -> Any:
-    """An `openvino.Model` for this CPU, in a type of `HINTS`, with as many threads as torch has."""
-    config = {
-        "INFERENCE_PRECISION_HINT": HINTS[dtype],
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "ENABLE_CPU_PINNING": False,
-    }
-    return _core().compile_model(model, "CPU", config)
+    return _openvino().Core()
 
 
 # --- calls -----------------------------------------------------------------------------------------------------------
@@ -221,7 +208,14 @@ class Program:
         dtype = next((p.dtype for p in module.parameters()), torch.float32)
         self._names, self._dtype = list(tensors), dtype
         model = converted(module, tensors, unit)
-        self._request = compiled(model, dtype).create_infer_request()
+        config = {
+            "INFERENCE_PRECISION_HINT": HINTS[dtype],
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "ENABLE_CPU_PINNING": False,
+        }
+        self._compiled = _core().compile_model(model, "CPU", config)
+        self._request = self._compiled.create_infer_request()
         self._source = model._source  # whose memory the smaller weights share still
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -233,8 +227,8 @@ class Program:
 
 def converted(module: nn.Module, tensors: Mapping[str, Tensor], unit: int) -> Any:
     """An `openvino.Model` of a module, for inputs of exactly these shapes; floats go in and come out as float32."""
-    decoder = package("frontend.pytorch.ts_decoder").TorchScriptPythonDecoder
-    manager = package("frontend").FrontEndManager()
+    decoder = importlib.import_module("openvino.frontend.pytorch.ts_decoder").TorchScriptPythonDecoder
+    manager = importlib.import_module("openvino.frontend").FrontEndManager()
     twin = _twin(module)
     small = shrunk(tensors, unit)
     traced = _Positional(twin, small)

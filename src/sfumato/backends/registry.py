@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sfumato.backends import compiled, openvino, twins, winograd
+from sfumato.backends import compiled, offload, openvino, twins, winograd
 from sfumato.backends.driven import Engine, drive, release
 from sfumato.errors import raise_unknown
 
@@ -70,6 +70,7 @@ def engage(
     device: torch.device,
     dtype: torch.dtype,
     convolution: str = "direct",
+    way: str = "never",
 ) -> None:
     """Let a backend compute a model's networks from now on.
 
@@ -77,12 +78,15 @@ def engage(
         name: one of `BACKENDS`.
         networks: of a model by the names of its file ("network", "codec", …), on `device` and of `dtype`.
         convolution: of `winograd.ALGORITHMS`, where torch computes; the others have their own.
+        way: of `offload.WAYS`; but for "never" the networks lie in the CPU's memory.
 
     Raises:
         UserError: where the backend is not installed, or cannot compute there or in that type.
     """
     backend = BACKENDS[name]
     engine = backend.engine(device, dtype) if backend.engine is not None else None
+    for network in networks.values():
+        offload.release(network)
     for module, unit in parts(networks):
         release(module)
         twins.release(module)
@@ -93,6 +97,7 @@ def engage(
         twins.engage(module)
         if convolution == "winograd":
             winograd.engage(module)
+    offload.engage(networks, device, way)
 
 
 def parts(networks: Mapping[str, nn.Module]) -> Iterator[tuple[nn.Module, int]]:

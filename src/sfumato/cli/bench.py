@@ -13,13 +13,11 @@ from typing import Annotated, Any
 
 import typer
 
-from sfumato.cli.drawing import AllowPickle, AsJson, Device, ModelName
+from sfumato.cli.drawing import AllowPickle, AsJson, Device, ModelName, Offload
 from sfumato.cli.options import whole
 from sfumato.errors import UserError, raise_unknown
 
 DTYPES = ("float32", "bfloat16")
-KERNELS = ("sdpa", "adaptive", "openvino")
-"""Attention kernels that are compared where nothing is asked, as far as they can be used."""
 FOREIGN = "openvino"
 Side = Annotated[int | None, typer.Option(parser=whole(8), metavar="N", help="In pixels. [the model's own]")]
 
@@ -33,34 +31,34 @@ def bench(
     height: Side = None,
     batch: Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Pictures at once.")] = 1,
     steps: Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Steps of the picture that is told.")] = 25,
-    kernel: Annotated[
-        list[str] | None, typer.Option(help="Attention kernels. [sdpa, adaptive, openvino if installed]")
-    ] = None,
+    kernel: Annotated[list[str] | None, typer.Option(help="Attention kernels. [sdpa and adaptive]")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="Types. [float32 and bfloat16]")] = None,
     backend: Annotated[list[str] | None, typer.Option(help="torch, compile, openvino. [torch]")] = None,
     convolution: Annotated[str, typer.Option(help="Of torch: auto, direct, winograd.")] = "auto",
     repeat: Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Timings of each part.")] = 3,
     device: Device = "auto",
+    offload: Offload = "auto",
     profile: Annotated[bool, typer.Option("--profile", help="Where a step's time goes, by kind of layer.")] = False,
     allow_pickle: AllowPickle = False,
     as_json: AsJson = False,
     one: Annotated[bool, typer.Option("--one", hidden=True, help="Measure here, one kernel and one type.")] = False,
 ) -> None:
     """Time guided steps and the decoder, with memory, and the share of the machine's own rate that they reach."""
+    import sfumato.backends.attention  # noqa: F401  (its kernels are known by name from here on)
     from sfumato.api import choose_device
+    from sfumato.backends import offload as offloading
     from sfumato.backends import registry, winograd
-    from sfumato.backends.attention import check, usable
-    from sfumato.systems.config import DTYPES as TYPES
+    from sfumato.networks.attention import KERNELS
 
-    dtypes, backends = dtype or list(DTYPES), backend or ["torch"]
+    kernels, dtypes, backends = kernel or ["sdpa", "adaptive"], dtype or list(DTYPES), backend or ["torch"]
+    for name in kernels:
+        if name not in KERNELS:
+            raise_unknown("attention kernel", name, KERNELS)
     for name in dtypes:
         if name not in (*DTYPES, "float16"):
             raise_unknown("dtype", name, (*DTYPES, "float16"))
-    place = choose_device(device)
-    kernels = {kind: kernel or [name for name in KERNELS if usable(name, TYPES[kind], place)] for kind in dtypes}
-    for kind, names in kernels.items():
-        for name in names:
-            check(name, TYPES[kind], place)
+    for name in backends:
+        offloading.check(offload, choose_device(device), registry.chosen(name))
     if convolution not in ("auto", *winograd.ALGORITHMS):
         raise_unknown("way of convolving", convolution, ("auto", *winograd.ALGORITHMS))
     for name in backends:
@@ -71,21 +69,20 @@ def bench(
     if model is not None and random is not None:
         raise UserError("--model and --random each say what is measured; give one of them")
     if one:
-        kind, name = dtypes[0], kernels[dtypes[0]][0]
-        print(json.dumps(_measure(model, random, width, height, batch, name, kind, repeat, device, profile,
-                                  allow_pickle, backends[0], convolution)))  # fmt: skip
+        print(json.dumps(_measure(model, random, width, height, batch, kernels[0], dtypes[0], repeat, device, profile,
+                                  allow_pickle, backends[0], convolution, offload)))  # fmt: skip
         return
     shared = [] if model is None else ["--model", model]
     shared += [] if random is None else ["--random", random]
     shared += [] if width is None else ["--width", str(width)]
     shared += [] if height is None else ["--height", str(height)]
     shared += ["--batch", str(batch), "--repeat", str(repeat), "--device", device, *["--profile"] * profile]
-    shared += [*["--allow-pickle"] * allow_pickle, "--convolution", convolution]
+    shared += [*["--allow-pickle"] * allow_pickle, "--convolution", convolution, "--offload", offload]
+    ways = [(by, name) for by in backends for name in (kernels[:1] if by == FOREIGN else kernels)]
     found = [
         _in_a_process([*shared, "--backend", by, "--kernel", name, "--dtype", kind])
-        for kind, names in kernels.items()
-        for by in backends
-        for name in (names[:1] if by == FOREIGN else names)
+        for kind in dtypes
+        for by, name in ways
     ]
     if as_json:
         print(json.dumps(found, indent=1))
@@ -107,6 +104,7 @@ def _in_a_process(arguments: list[str]) -> dict[str, Any]:
 def _measure(
     model: str | None, random: str | None, width: int | None, height: int | None, batch: int, kernel: str, dtype: str,
     repeat: int, device: str, profile: bool, allow_pickle: bool, backend: str, convolution: str,
+    offload: str,
 ) -> dict[str, Any]:  # fmt: skip
     from dataclasses import asdict
 
@@ -116,6 +114,7 @@ def _measure(
 
     set_attention_kernel(kernel)
     how: dict[str, Any] = {"device": device, "dtype": dtype, "backend": backend, "convolution": convolution}
+    how["offload"] = offload
     if random is not None:
         opened = api.random_model(random, **how)
     else:
@@ -124,7 +123,7 @@ def _measure(
     w, h = width or size, height or size
     speed = measured(opened.system, w, h, batch=batch, repeat=repeat)
     known = {"model": opened.name, "width": w, "height": h, "batch": batch, "kernel": kernel, "dtype": dtype}
-    known |= {"backend": opened.backend, "convolution": opened.convolution}
+    known |= {"backend": opened.backend, "convolution": opened.convolution, "offload": opened.offload}
     known |= asdict(speed) | {"share": speed.share}
     return known | ({"profile": shares(opened.system, w, h, batch=batch)} if profile else {})
 
@@ -134,7 +133,8 @@ def _way(row: dict[str, Any]) -> str:
     if row["backend"] == FOREIGN:
         return FOREIGN
     parts = [row["kernel"], *[row["convolution"]] * (row["convolution"] != "direct")]
-    return ", ".join(parts if row["backend"] == "torch" else [row["backend"], row["kernel"]])
+    parts = parts if row["backend"] == "torch" else [row["backend"], row["kernel"]]
+    return ", ".join([*parts, *[f"offload by {row['offload']}"] * (row["offload"] != "never")])
 
 
 def _table(found: list[dict[str, Any]], steps: int, batch: int) -> None:

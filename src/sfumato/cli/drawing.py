@@ -66,7 +66,7 @@ Fast = Annotated[
     int | None,
     typer.Option(parser=whole(1), metavar="LEVEL", help="Nearly the same picture for less work: 1, 2 or 3. [exact]"),
 ]
-Vae = Annotated[Path | None, typer.Option(help="Another first stage: a file or a folder.")]
+Vae = Annotated[Path | None, typer.Option(help="Another first stage: a file, a run or a folder.")]
 Predicts = Annotated[str | None, typer.Option(metavar="eps|v", help="What a foreign file's network predicts.")]
 Ema = Annotated[bool, typer.Option("--ema", help="Read the averaged weights that some files keep apart.")]
 AllowPickle = Annotated[
@@ -76,6 +76,9 @@ Tiles = Annotated[str, typer.Option(help="Decode in tiles: auto (where memory is
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda …")]
 Backend = Annotated[str, typer.Option(help="Who computes the networks: auto (torch), torch, compile or openvino.")]
+Offload = Annotated[
+    str, typer.Option(help="Weights that rest in the CPU's memory, for a small GPU: auto, never, networks or blocks.")
+]
 Out = Annotated[Path, typer.Option(help="FILE.png for one picture or a sheet; a folder takes <seed>.png.")]
 Sheet = Annotated[bool, typer.Option("--sheet", help="One contact sheet of all pictures.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
@@ -118,6 +121,7 @@ def opened(
     allow_pickle: bool,
     tiles: str,
     backend: str = "auto",
+    offload: str = "auto",
 ) -> Model:
     """Open the model, and say what a user should know of it."""
     from sfumato import api
@@ -126,7 +130,7 @@ def opened(
         raise_unknown("prediction", str(prediction), ["eps", "v"])
     found = api.load(
         model, device=device, dtype=dtype, vae=vae, prediction=prediction or "unknown", averaged=ema,  # type: ignore[arg-type]
-        allow_pickle=allow_pickle, tiles=tiles, backend=backend,
+        allow_pickle=allow_pickle, tiles=tiles, backend=backend, offload=offload,
     )  # fmt: skip
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)

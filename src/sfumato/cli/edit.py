@@ -31,6 +31,7 @@ from sfumato.cli.drawing import (
     Label,
     ModelName,
     Negative,
+    Offload,
     Out,
     Overwrite,
     Predicts,
@@ -91,6 +92,7 @@ def edit(
     dtype: Dtype = "auto",
     device: Device = "auto",
     backend: Backend = "auto",
+    offload: Offload = "auto",
     previews: Previews = None,
     out: Out = Path(),
     sheet: Sheet = False,
@@ -112,7 +114,7 @@ def edit(
         model = ENLARGES
     opened = drawing.opened(
         model, device=device, dtype=dtype, vae=vae, prediction=prediction, ema=ema, allow_pickle=allow_pickle,
-        tiles=tiles, backend=backend,
+        tiles=tiles, backend=backend, offload=offload,
     )  # fmt: skip
     first = drawing.first_seed(seed, as_json)
     for remark in opened.remarks(sampler):

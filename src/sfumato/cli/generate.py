@@ -31,6 +31,7 @@ from sfumato.cli.drawing import (
     Label,
     ModelName,
     Negative,
+    Offload,
     Out,
     Overwrite,
     Predicts,
@@ -97,6 +98,7 @@ def generate(
     dtype: Dtype = "auto",
     device: Device = "auto",
     backend: Backend = "auto",
+    offload: Offload = "auto",
     previews: Previews = None,
     out: Out = Path(),
     sheet: Sheet = False,
@@ -109,7 +111,7 @@ def generate(
     where.check()
     opened = drawing.opened(
         model, device=device, dtype=dtype, vae=vae, prediction=prediction, ema=ema, allow_pickle=allow_pickle,
-        tiles=tiles, backend=backend,
+        tiles=tiles, backend=backend, offload=offload,
     )  # fmt: skip
     first = drawing.first_seed(seed, as_json)
     options: dict[str, Any] = {

@@ -56,13 +56,16 @@ class LatentPreview:
     r2: float
 
     @classmethod
-    def measured(cls, codec: Codec, generator: torch.Generator) -> LatentPreview:
+    def measured(
+        cls, codec: Codec, generator: torch.Generator, device: torch.device | None = None
+    ) -> LatentPreview:
         """The map of a codec; a codec without a network has its latents for pictures already.
 
         The fit is kept for as long as the codec's network is, so that `generator` matters only the first time.
 
         Args:
             generator: CPU generator of the random latents.
+            device: where the codec computes; None for where its weights are.
 
         Raises:
             PictureError: the decoder gave values that are not finite.
@@ -71,7 +74,7 @@ class LatentPreview:
             weight = torch.eye(3) if codec.channels == 3 else torch.ones(3, 1)
             return cls(weight, torch.zeros(3), 1.0)
         if codec.network not in _known:
-            _known[codec.network] = cls.fitted(*_examples(codec, codec.network, generator))
+            _known[codec.network] = cls.fitted(*_examples(codec, codec.network, generator, device))
         return _known[codec.network]
 
     @classmethod
@@ -140,11 +143,14 @@ def smooth_latents(count: int, channels: int, side: int, generator: torch.Genera
 
 
 @torch.no_grad()
-def _examples(codec: Codec, network: nn.Module, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _examples(
+    codec: Codec, network: nn.Module, generator: torch.Generator, device: torch.device | None
+) -> tuple[Tensor, Tensor]:
     """Random latents and what the codec makes of them."""
     latents = smooth_latents(_PICTURES, codec.channels, _SIDE, generator)
     parameter = next(network.parameters())
-    pictures = torch.cat([codec.decode(some.to(parameter)).float().cpu() for some in torch.split(latents, _TOGETHER)])
+    parts = torch.split(latents.to(device or parameter.device, parameter.dtype), _TOGETHER)
+    pictures = torch.cat([codec.decode(some).float().cpu() for some in parts])
     if not bool(pictures.isfinite().all()):
         raise PictureError(f"the codec's decoder gave values that are not finite in {_name(parameter.dtype)}")
     return latents, pictures.clamp(-1, 1)

@@ -30,6 +30,7 @@ from sfumato.errors import UserError
 from sfumato.evaluation.figures import deviation
 from sfumato.random import NoiseSource, derived_seed
 from sfumato.systems.ddpm import DDPM
+from sfumato.tasks.draw import device_of
 
 Labels = Sequence[str | int | None]
 Progress = Callable[[int, int], None]
@@ -184,7 +185,7 @@ def _batches(
     model: DDPM, pictures: Tensor, labels: Labels | None, seed: int, batch: int, on_batch: Progress | None
 ) -> Iterator[tuple[Tensor, DenoiseFn, NoiseSource]]:
     """(pictures in [-1, 1], the denoiser under their labels, their noise), on the network's device."""
-    device = next(model.denoiser.network.parameters()).device
+    device = device_of(model)
     for start in range(0, len(pictures), batch):
         part = pictures[start : start + batch]
         seeds = [derived_seed("bits per dimension", seed, start + i) for i in range(len(part))]

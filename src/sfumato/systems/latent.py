@@ -16,6 +16,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from sfumato.backends import offload
 from sfumato.checkpoints import hashes
 from sfumato.checkpoints.io import component, take_over
 from sfumato.codecs import Codec, Moments
@@ -251,6 +252,7 @@ class Latent:
             seen = {name: values[i] for name, values in (shown or {}).items()}
             wanted.append(seen | self._said(one.said() | {TEXT: self._words(one, one.prompt, whole=True)}))
             unwanted.append(seen | self._said({TEXT: self._words(one, one.negative)}))
+        offload.bring(self.conditioner.network)  # conditioners make what they give it where its weights are
         both = self.conditioner.encode([*wanted, *unwanted])
         return both.rows(0, len(asked)), both.rows(len(asked), 2 * len(asked))
 

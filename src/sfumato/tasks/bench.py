@@ -29,7 +29,7 @@ from sfumato.diffusion.level import NoiseLevel
 from sfumato.networks.unet_condition import UNet2DConditionModel
 from sfumato.systems import Drawing
 from sfumato.systems.latent import Latent
-from sfumato.tasks.draw import device_of, shown_of
+from sfumato.tasks.draw import at_rest, device_of, shown_of
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Speed:
         return steps * self.step + self.decode
 
 
+@at_rest
 @torch.no_grad()
 def measured(
     model: Drawing, width: int, height: int, *, batch: int = 1, guided: bool = True, repeat: int = 3
@@ -136,6 +137,7 @@ def _peak() -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
+@at_rest
 @torch.no_grad()
 def shares(model: Drawing, width: int, height: int, *, batch: int = 1, guided: bool = True) -> dict[str, float]:
     """Seconds of one step by kind of work, from torch's profiler: attention, convolution, linear, norm, the rest."""

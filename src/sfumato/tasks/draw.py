@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from sfumato.backends import offload
 from sfumato.backends.fast import FastSettings, applied
 from sfumato.backends.winograd import holding
 from sfumato.conditioners.layout import Coordinates
@@ -40,7 +42,22 @@ from sfumato.tasks import guard
 
 LOG = logging.getLogger("sfumato")
 
+P = ParamSpec("P")
+T = TypeVar("T")
 
+
+def at_rest(task: Callable[Concatenate[Drawing, P], T]) -> Callable[Concatenate[Drawing, P], T]:
+    """The same task; where its model is offloaded, all weights rest again afterwards, whatever happened."""
+
+    @wraps(task)
+    def wrapped(model: Drawing, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with offload.resting(model.networks()):
+            return task(model, *args, **kwargs)
+
+    return wrapped
+
+
+@at_rest
 def draw(
     model: Drawing,
     *,
@@ -87,6 +104,7 @@ def shown_picture(model: Drawing, latents: Tensor, tiled: bool) -> Tensor:
         return guard.decoded(lambda: model.pictures(latents, tiled=tiled), model.codec.network, LOG.warning)
 
 
+@at_rest
 def draw_latents(
     model: Drawing,
     *,
@@ -142,8 +160,8 @@ def planned(
 
 
 def device_of(model: Drawing) -> torch.device:
-    """Where the model computes."""
-    return next(model.denoiser.network.parameters()).device
+    """Where the model computes, wherever its weights rest."""
+    return offload.device_of(model.denoiser.network)
 
 
 def first_noise(noise: NoiseSource, asked: Sequence[Asked]) -> Tensor:

@@ -41,6 +41,7 @@ from sfumato.tasks import guard
 from sfumato.tasks.draw import (
     LOG,
     Guidance,
+    at_rest,
     begun,
     completed,
     device_of,
@@ -108,6 +109,7 @@ def scale_of(model: Drawing) -> int:
     return part.scale or model.codec.factor
 
 
+@at_rest
 def edit(
     model: Drawing,
     source: Source,
@@ -145,6 +147,7 @@ def edit(
     return pictures
 
 
+@at_rest
 def edit_latents(
     model: Drawing,
     source: Source,

@@ -1,0 +1,410 @@
+"""Models that are larger than the memory of a GPU: weights rest in the CPU's memory and come when they are needed.
+
+"networks": a network (text encoders, UNet, codec) comes to the device when it is called, and goes when another one is
+called or the drawing ends; so a UNet stays there for all steps. "blocks": of UNet and codec only the block that
+computes is there; where the device can, the block that followed the last time is copied meanwhile, on its own stream.
+Nothing is copied back: at rest each parameter points at the memory that it pointed at before. Weights that were changed
+on the device (widened to float32, say) are the exception; they come back with their changes.
+
+>>> networks = {"network": nn.Linear(2, 2), "codec": nn.Linear(2, 2)}
+>>> before = networks["network"].weight.data_ptr()
+>>> engage(networks, torch.device("cpu"), "networks")
+>>> with torch.no_grad(), resting(networks):
+...     _ = networks["network"](torch.zeros(1, 2))
+...     networks["network"].weight.data_ptr() == before
+False
+>>> networks["network"].weight.data_ptr() == before
+True
+>>> fitting(4 * 2**30, {"network": 2**31, "codec": 2**29}), fitting(2**31, {"network": 2**31})
+('networks', 'blocks')
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.backends.driven import Driven, own_forward
+from sfumato.errors import UserError, raise_unknown
+from sfumato.networks.autoencoder import Decoder, Encoder
+
+LOG = logging.getLogger("sfumato")
+
+WAYS = ("never", "networks", "blocks")
+NAMES = ("auto", *WAYS)
+ROOM = 2**31
+"""Bytes that are left for activations: an estimate for 512 pixels in half precision, not a measurement."""
+SHARE = 4
+"""… but at most so many times the bytes of the weights: small networks make small activations."""
+
+Point = Callable[[Tensor, Tensor], None]
+"""`(tensor, values)`: the tensor has these values from now on, wherever they lie."""
+
+
+# --- which way -------------------------------------------------------------------------------------------------------
+
+
+def check(name: str, device: torch.device, backend: str = "torch") -> None:
+    """Refuse, with a `UserError`, a way that is unknown or that cannot be had there or with that backend."""
+    if name not in NAMES:
+        raise_unknown("way of offload", name, NAMES)
+    if name in ("auto", "never"):
+        return
+    if device.type == "cpu":
+        raise UserError("offload is for a GPU; on the CPU all weights are where they are needed, so leave it out")
+    if name == "blocks" and backend != "torch":
+        raise UserError(f"offload by blocks needs backend torch: {backend} computes a network as a whole")
+
+
+def chosen(
+    name: str, networks: Mapping[str, nn.Module], device: torch.device, dtype: torch.dtype, backend: str = "torch"
+) -> str:
+    """The way that a name stands for, one of `WAYS`; "auto" goes by the memory that is free on the device now.
+
+    Args:
+        networks: of a model, by name.
+        dtype: that they will have.
+
+    Raises:
+        UserError: as `check`.
+    """
+    check(name, device, backend)
+    if name != "auto":
+        return name
+    sizes = {part: sum(_bytes(one, dtype) for one in tensors_of(network)) for part, network in networks.items()}
+    return fitting(free_bytes(device), sizes, blocks=backend == "torch")
+
+
+def fitting(free: int | None, sizes: Mapping[str, int], *, blocks: bool = True) -> str:
+    """The first way of `WAYS` that leaves room for activations.
+
+    Args:
+        free: bytes of the device's memory; None where that does not matter or is not known, which is "never".
+        sizes: bytes of the weights of each network.
+        blocks: whether "blocks" can be had; else "networks" is the last one.
+    """
+    total = sum(sizes.values())
+    room = min(ROOM, SHARE * total)
+    if free is None or total + room <= free:
+        return "never"
+    return "networks" if not blocks or max(sizes.values()) + room <= free else "blocks"
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that can be had on a device with memory of its own, what torch holds there unused included; else None."""
+    if not _apart(device):
+        return None
+    module: Any = torch.get_device_module(device)
+    return int(module.mem_get_info(device)[0] + module.memory_reserved(device) - module.memory_allocated(device))
+
+
+def _apart(device: torch.device) -> bool:
+    """Whether a device has memory of its own, into which is copied while it computes."""
+    if device.type in ("cpu", "meta"):
+        return False
+    return all(hasattr(torch.get_device_module(device), name) for name in ("Stream", "mem_get_info"))
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """All parameters and buffers, each once."""
+    return [*module.parameters(), *module.buffers()]
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return next(chain(module.parameters(), module.buffers()), None) is not None
+
+
+def _bytes(tensor: Tensor, dtype: torch.dtype) -> int:
+    return tensor.numel() * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize
+
+
+# --- coming and going ------------------------------------------------------------------------------------------------
+
+
+class Mover:
+    """Copies weights to a device.
+
+    Attributes:
+        ahead: whether it does so while the device computes, so that it is worth beginning early.
+    """
+
+    ahead = False
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def copies(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Copies on the device, laid out as the tensors are."""
+        later = _apart(self.device)  # the device's own order of work keeps it right
+        return [one.to(self.device, copy=True, non_blocking=later) for one in tensors]
+
+    def ready(self) -> None:
+        """What is computed from now on finds all copies complete."""
+
+
+class Streamed(Mover):
+    """Copies on a stream of its own, beside what the device computes.
+
+    Memory of a copy that was let go is taken by later copies only, and each of these waits for all work that was begun
+    before: so nothing is overwritten that is still read.
+    """
+
+    ahead = True
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._module: Any = torch.get_device_module(device)
+        self._side = self._module.Stream(device)
+
+    def copies(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        self._side.wait_stream(self._module.current_stream(self.device))
+        with self._module.stream(self._side):
+            return super().copies(tensors)
+
+    def ready(self) -> None:
+        self._module.current_stream(self.device).wait_stream(self._side)
+
+
+def point(tensor: Tensor, values: Tensor) -> None:
+    """Let a tensor have these values; it stays the same object."""
+    tensor.data = values
+
+
+State = tuple[int, torch.dtype, int]
+
+
+def _state(tensor: Tensor) -> State:
+    """Changes when a tensor's values are replaced or changed in place."""
+    return tensor.data_ptr(), tensor.dtype, 0 if tensor.is_inference() else tensor._version
+
+
+class Group:
+    """Weights that come and go together."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = list({id(one): one for one in tensors}.values())
+        self._there: list[tuple[Tensor, Tensor, State]] = []
+
+    def values(self) -> list[Tensor]:
+        """What the tensors point at now."""
+        return [one.data for one in self.tensors]
+
+    def states(self) -> list[State]:
+        """Of all its tensors."""
+        return [_state(one) for one in self.tensors]
+
+    def come(self, copies: Sequence[Tensor], point: Point) -> None:
+        """Point at copies on the device."""
+        for tensor, there in zip(self.tensors, copies, strict=True):
+            resting = tensor.data
+            point(tensor, there)
+            self._there.append((tensor, resting, _state(tensor)))
+
+    def go(self, point: Point) -> None:
+        """Point at what was there before; what was changed meanwhile is copied."""
+        while self._there:
+            tensor, resting, state = self._there[-1]
+            point(tensor, resting if _state(tensor) == state else tensor.data.to(resting.device, copy=True))
+            self._there.pop()
+
+
+class Shuttle:
+    """Brings the groups of one model to its device, one at a time.
+
+    Args:
+        mover: copies them.
+        point: lets a tensor have other values.
+
+    Attributes:
+        present: the group that is on the device.
+    """
+
+    def __init__(self, mover: Mover, point: Point = point) -> None:
+        self.mover, self.point = mover, point
+        self.present: Group | None = None
+        self._after: dict[Group, Group] = {}  # what followed the last time
+        self._begun: tuple[Group, list[State], list[Tensor]] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it brings them."""
+        return self.mover.device
+
+    @torch.no_grad()
+    def need(self, group: Group) -> None:
+        """See to it that a group is on the device, and no other."""
+        if group is self.present:
+            return
+        before, begun = self.present, self._begun
+        self.rest()
+        if begun is not None and begun[0] is group and begun[1] == group.states():
+            copies = begun[2]
+        else:
+            begun = None  # before there are new ones
+            copies = self.mover.copies(group.values())
+        self.mover.ready()
+        self.present = group
+        group.come(copies, self.point)
+        if before is not None:
+            self._after[before] = group
+        if self.mover.ahead and group in self._after:
+            self._begin(self._after[group])
+
+    def _begin(self, group: Group) -> None:
+        """Begin to copy what will probably follow, where there is room for both."""
+        try:
+            self._begun = group, group.states(), self.mover.copies(group.values())
+        except torch.OutOfMemoryError:
+            self._begun = None  # it is copied when its turn comes
+
+    @torch.no_grad()
+    def rest(self) -> None:
+        """Nothing is on the device any more."""
+        self._begun = None
+        if self.present is not None:
+            self.present.go(self.point)
+            self.present = None
+
+
+class Fetching:
+    """Stands in the place of a module's `forward`: brings its group, then does what stood there before.
+
+    Args:
+        module: whose call it is.
+        shuttle: of its model.
+        group: that holds its weights; None for what only holds other blocks.
+    """
+
+    def __init__(self, module: nn.Module, shuttle: Shuttle, group: Group | None) -> None:
+        self.module, self.shuttle, self.group = module, shuttle, group
+        self.standing = vars(module).get("forward")
+        self.inner = own_forward(module) if self.standing is None else self.standing
+
+    def __call__(self, *args: Any, **slots: Any) -> Any:
+        if self.group is not None and self.group is not self.shuttle.present:
+            self.shuttle.need(self.group)
+        return self.inner(*args, **slots)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """For a copy of the module over the same weights; one with weights of its own stays where they are."""
+        if not all(memo.get(id(one)) is one for one in tensors_of(self.module)):
+            return copy.deepcopy(self.inner, memo)
+        other = copy.copy(self)
+        other.module, other.standing, other.inner = copy.deepcopy((self.module, self.standing, self.inner), memo)
+        return other
+
+
+# --- networks --------------------------------------------------------------------------------------------------------
+
+
+def engage(
+    networks: Mapping[str, nn.Module],
+    device: torch.device,
+    way: str,
+    *,
+    mover: Mover | None = None,
+    point: Point = point,
+) -> None:
+    """Let networks that lie in the CPU's memory compute on a device from now on, without gradients.
+
+    Args:
+        networks: of one model by the names of its file ("network", "codec", "conditioner").
+        way: one of `WAYS`; "never" changes nothing.
+        mover, point: see `Shuttle`; None for what suits the device.
+    """
+    if way == "never":
+        return
+    if mover is None:
+        mover = (Streamed if _apart(device) and way == "blocks" else Mover)(device)
+    shuttle = Shuttle(mover, point)
+    if _apart(device):
+        _pin([one for network in networks.values() for one in tensors_of(network)])
+    for name, network in networks.items():
+        whole = way == "networks" or name == "conditioner"
+        blocks = [network] if whole else [block for block in blocks_of(network) if _has_weights(block)]
+        within = {id(one) for block in blocks for one in tensors_of(block)}
+        own = [one for one in tensors_of(network) if id(one) not in within]  # beside the blocks: comes with each
+        for block in blocks:
+            _stand(block, shuttle, Group([*tensors_of(block), *own]))
+        if not isinstance(vars(network).get("forward"), Fetching):
+            vars(network)["forward"] = Fetching(network, shuttle, None)
+
+
+def blocks_of(network: nn.Module) -> Iterator[nn.Module]:
+    """The parts of a network that are brought by themselves: its children, those of a codec's encoder and decoder, and
+    each entry of a list."""
+    for child in network.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        elif isinstance(child, Encoder | Decoder):
+            yield from blocks_of(child)
+        else:
+            yield child
+
+
+def _stand(module: nn.Module, shuttle: Shuttle, group: Group) -> None:
+    """Let a module and all within bring the group: some are called, or their weights read, by others than their
+    parents. What another engine computes as a whole is left as it is within."""
+    standing = vars(module).get("forward")
+    if isinstance(standing, Fetching):
+        return
+    vars(module)["forward"] = Fetching(module, shuttle, group)
+    for child in module.children() if not isinstance(standing, Driven) else ():
+        if _has_weights(child):
+            _stand(child, shuttle, group)
+
+
+def _pin(tensors: Sequence[Tensor]) -> None:
+    """Let tensors rest in pinned memory, which is copied faster and while the device computes."""
+    try:
+        for one in tensors:
+            one.data = one.data.pin_memory()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        LOG.warning("not all weights can rest in pinned memory, so they come more slowly: %s", reason)
+
+
+def release(network: nn.Module) -> None:
+    """Undo `engage`; the weights stay in the CPU's memory."""
+    for module in network.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, Fetching):
+            forward.shuttle.rest()
+            if forward.standing is None:
+                del vars(module)["forward"]
+            else:
+                vars(module)["forward"] = forward.standing
+
+
+def bring(network: nn.Module | None) -> None:
+    """Bring a network before it is called, for those who look where its weights are. Nothing where it is there always,
+    or comes block by block."""
+    forward = vars(network).get("forward") if network is not None else None
+    if isinstance(forward, Fetching) and forward.group is not None:
+        forward.shuttle.need(forward.group)
+
+
+@contextmanager
+def resting(networks: Mapping[str, nn.Module]) -> Iterator[None]:
+    """All weights of a model rest in the CPU's memory after this, whatever happens within; nothing where they are on
+    the device always."""
+    try:
+        yield
+    finally:
+        for network in networks.values():
+            forward = vars(network).get("forward")
+            if isinstance(forward, Fetching):
+                forward.shuttle.rest()
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where a network computes, wherever its weights rest."""
+    forward = vars(network).get("forward")
+    return forward.shuttle.device if isinstance(forward, Fetching) else next(network.parameters()).device
