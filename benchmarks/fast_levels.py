@@ -284,8 +284,8 @@ def main() -> None:
     options = parser.parse_args()
     if (options.data is None) == (options.family is None):
         parser.error("give either --data or --family")
-    if options.peer and options.family != "sd1":
-        parser.error("--peer needs --family sd1")
+    if options.peer and (options.family, options.dtype) != ("sd1", "bfloat16"):
+        parser.error("--peer needs --family sd1 --dtype bfloat16")
     options.also = dict(text.split("=", 1) for text in options.also)
     options.steps = options.steps or (20 if options.data is not None else 25)
     if options.threads:

@@ -24,6 +24,7 @@ from sfumato.backends import offload as offloading
 from sfumato.backends import registry, winograd
 from sfumato.backends.attention import chosen, using
 from sfumato.backends.fast import FastSettings, level
+from sfumato.checkpoints.formats import diffusers
 from sfumato.checkpoints.formats.families import Prediction, family_named
 from sfumato.codecs.preview import LatentPreview
 from sfumato.conditioners.semantic import ClassMap
@@ -54,6 +55,7 @@ from sfumato.tasks.edit import Source, composited, edit, enlarged, gone, last_le
 from sfumato.tasks.fast import fitted
 from sfumato.tasks.original import Given, Original, layout_given, map_restored
 from sfumato.training import state
+from sfumato.training.first_stage import codec_file
 from sfumato.training.trainer import default_device
 
 WEIGHTS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
@@ -638,7 +640,7 @@ def load(
         device: auto (a GPU if there is one), cpu, or another of torch's device names.
         dtype: of the networks: auto, float32, bfloat16 or float16. "auto" is half precision for large models where the
             machine computes with it natively (bfloat16 on a CPU, float16 on a GPU), else float32.
-        vae: another first stage: a file, a run or a folder.
+        vae: another first stage: a file, a finished run, a folder or a name from the box.
         prediction: "eps" or "v" where a foreign file does not say it, or says it wrongly.
         averaged: read the running average of the weights (EMA) that some single files keep apart.
         allow_pickle: open `.ckpt` and `.bin`, by a reader that builds tensors and runs nothing.
@@ -666,7 +668,7 @@ def load(
     kind = _fitting_dtype(found, choose_device(device)) if dtype == "auto" else dtype
     registry.check(backend, choose_device(device), DTYPES[kind])
     offloading.check(offload, choose_device(device), registry.chosen(backend))
-    stage = weights_of(Path(vae)) if vae is not None else None
+    stage = first_stage_of(vae) if vae is not None else None
     opened = open_system(
         found, allow_pickle=allow_pickle, prediction=prediction, averaged=averaged, vae=stage, dtype=DTYPES[kind]
     )
@@ -736,6 +738,12 @@ def weights_of(path: Path) -> Path:
     if newest is None and (path / state.FOLDER).is_dir():
         raise ModelFileError(f"run {path} has no checkpoint yet")
     return newest / state.AVERAGE if newest is not None else path
+
+
+def first_stage_of(path: str | Path) -> Path:
+    """What another first stage is opened from: a name from the box, a finished run's model, else the file or folder
+    itself. Raises `UserError` for a run that is not finished."""
+    return Path(path) if diffusers.is_pipeline(path) else codec_file(str(path))
 
 
 def choose_device(name: str) -> torch.device:

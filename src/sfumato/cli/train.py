@@ -23,7 +23,7 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings, e.g. train.steps=500.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of pictures, or a parquet file.")] = None,
     codec: Annotated[
-        str | None, typer.Option(help="For latent diffusion: a first stage's run (with its data), file, or name.")
+        str | None, typer.Option(help="A first stage's run (with its data), file, or name: what latents come from.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder.")] = None,
     resume: Annotated[str, typer.Option(help="auto, never, or the checkpoint or run to start from.")] = "auto",
@@ -61,7 +61,7 @@ def check(
     recipe: Annotated[str, typer.Argument(help="A name from `sfumato recipes ls`, or FILE.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings, e.g. train.batch=16.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of pictures, or a parquet file.")] = None,
-    codec: Annotated[str | None, typer.Option(help="For latent diffusion: a first stage's run, file or name.")] = None,
+    codec: Annotated[str | None, typer.Option(help="A first stage's run, file or name.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
 ) -> None:
     """Rehearse a run: open every picture, train, validate, sample, save, resume and finish, once each."""
@@ -100,12 +100,13 @@ def validate_recipe(
     from sfumato.training import recipes
 
     given = [*(overrides or [])]
+    said = {override.partition("=")[0].partition(".")[0] for override in given}
     values = recipes.read_yaml(recipes.source(name)[1], name)
     if values.get("recipe") == "latent" and not any(key.startswith("codec=") for key in given):
         sized = isinstance(values.get("data"), dict) and "size" in values["data"]
         stand_in = [] if values.get("codec") else ["codec=pixels", *([] if sized else ["data.size=64"])]
         given = [*stand_in, *given]
-    elif values.get("recipe") == "autoencoder" and not {"model", "codec"} & {*values}:
+    elif values.get("recipe") == "autoencoder" and not {"model", "codec"} & {*values, *said}:
         given = ["codec=emoji", *given]
     recipes.load(name, given, data=".")
     print(f"{name} is a valid recipe")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ import yaml
 from sfumato.checkpoints.io import write_bytes
 from sfumato.errors import UserError
 from sfumato.systems import open_system
+from sfumato.systems.config import parse
 from sfumato.training import state
 from sfumato.training.config import RESUMABLE_CHANGES
 from sfumato.training.data import PictureSet, check_all, open_data
@@ -152,6 +154,8 @@ def _where_to_start(recipe: Recipe, run: Path, resume: str, note: Callable[[str]
 def _refuse_other_run(kept: Path, recipe: Recipe) -> None:
     """Refuse to go on with a run whose config differs in more than may change."""
     before = read_yaml(source(str(kept))[1], str(kept))
+    with suppress(UserError):  # with what an older recipe did not know yet
+        before = parse(type(recipe), before, str(kept)).model_dump(mode="json")
     changes = differing(before, recipe.model_dump(mode="json"))
     if changes:
         more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""

@@ -90,7 +90,8 @@ def load(
         raise UserError(f"{where} names no codec; give --codec RUN of a first stage, or codec=pixels for none")
     if method == "autoencoder" and named is None and values.get("model") is None:
         raise UserError(f"{where} names neither a model nor a codec; give --codec RUN of the one to train on")
-    if isinstance(named, str) and named not in (PIXELS, *models.names()) and not Path(named).exists():
+    known = [*models.names(), *[PIXELS] * (method == "latent")]
+    if isinstance(named, str) and named not in known and not Path(named).exists():
         raise UserError(f"{where}: there is no codec at {named}{nearest(named, models.names())}")
     if isinstance(values.get("data", {}), dict) and "path" not in values.get("data", {}):
         raise UserError(f"{where} names no data; give --data FOLDER, or data.path in the recipe")

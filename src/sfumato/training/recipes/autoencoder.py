@@ -1,9 +1,9 @@
 """Train a first stage: an autoencoder with KL regularisation or a codebook, L1, a perceptual loss and a discriminator.
 
 A finished one's decoder can be trained again (`codec`), on latents with noise: a diffusion model's latents are never
-quite those of the encoder, and a decoder that has only seen those makes much of little (Zheng 2025, "Diffusion
-transformers with representation autoencoders", section 3.3). Encoder and latents stay, so that models trained on them
-take the new decoder as they are.
+quite those of the encoder, and a decoder that has only seen those makes much of little (noise-augmented decoding, Zheng
+2025, "Diffusion transformers with representation autoencoders"). Encoder and latents stay, so that models trained on
+them take the new decoder as they are.
 
 >>> recipe = AutoencoderRecipe(data={"path": "pictures", "size": 64}, model={"kind": "kl"})
 >>> recipe.loss.perceptual_network
@@ -33,7 +33,7 @@ from sfumato.random import derived_seed
 from sfumato.systems import open_codec
 from sfumato.systems.codec import CodecConfig, CodecSystem, standardised
 from sfumato.systems.config import Strict, parse
-from sfumato.training.cache import full_precision
+from sfumato.training.cache import LatentCache, full_precision
 from sfumato.training.config import OptimizerConfig, TrainConfig
 from sfumato.training.data import Batch, DataConfig, PictureSet
 from sfumato.training.first_stage import codec_file
@@ -177,7 +177,8 @@ class AutoencoderRecipe(Strict):
         return parse(CodecConfig, own | self.model.model_dump(), "model").with_network(scaling_factor=1.0)
 
     def check(self) -> None:
-        """Refuse what cannot be built or does not go together; no weights are made. Raises `UserError`."""
+        """Refuse what cannot be built or does not go together; a codec is opened, other weights are not made. Raises
+        `UserError`."""
         if self.model is not None and self.codec is not None:
             raise UserError("model and codec each say what is trained; leave one of them out")
         if self.codec is None and self.noise:
@@ -185,6 +186,8 @@ class AutoencoderRecipe(Strict):
         stage = self.stage("meta")
         if stage.codec.network is None:
             raise UserError(f"{self.codec} has no decoder that could be trained")
+        if self.codec is not None:
+            self._refuse_what_does_nothing()
         if stage.config.channels != self.data.channels:
             raise UserError(f"the codec takes {stage.config.channels} channels, data.channels is {self.data.channels}")
         factor = stage.codec.factor
@@ -204,6 +207,15 @@ class AutoencoderRecipe(Strict):
         if not self.loss.pixel and not self.loss.perceptual:
             raise UserError("loss.pixel and loss.perceptual are both 0, so nothing would be learnt")
 
+
+    def _refuse_what_does_nothing(self) -> None:
+        """Settings of what is not trained where only a decoder is."""
+        idle = {"loss": ("kl", "codebook", "beta", "legacy"), "restart": tuple(RestartConfig.model_fields)}
+        for group, names in idle.items():
+            own: Any = getattr(self, group)
+            for name in names:
+                if getattr(own, name) != type(own).model_fields[name].default:
+                    raise UserError(f"{group}.{name} does nothing where only a decoder is trained; leave it out")
 
     @property
     def _named(self) -> str:
@@ -267,6 +279,7 @@ class AutoencoderTask:
         self._learns_codes = isinstance(network, VQModel) and recipe.codec is None
         if recipe.codec is not None:
             network.eval().requires_grad_(False)
+            self._refuse_other_latents()
             self.through = Decoding(self.stage.codec)
             self.network = self.through.trained.requires_grad_(True)
         self.adversary = Discriminator(recipe) if recipe.discriminator.weight else None
@@ -277,6 +290,19 @@ class AutoencoderTask:
             self.memory["code_counts"] = torch.zeros(network.config.num_vq_embeddings, dtype=torch.int64)
         self._step, self._fresh = 0, False
 
+    @torch.no_grad()
+    def _refuse_other_latents(self) -> None:
+        """Raise `UserError` for latents that are not standard, by which noise is measured, and for weights that would
+        be rounded though they are to stay."""
+        codec, kind = self.recipe.codec, getattr(torch, self.recipe.train.export)
+        moments = self.stage.codec.encode(self.data.gather(range(min(64, len(self.data)))).to_float())
+        self.stage.check_scale(LatentCache(moments.mean, moments.std).deviation(), f"the codec {codec}")
+        if any(not torch.equal(t, t.to(kind).to(t)) for t in self._autoencoder.state_dict().values()):
+            raise UserError(
+                f"train.export {self.recipe.train.export} would round the encoder of {codec}, "
+                "which is to stay as it is; leave it out"
+            )
+
     def wrap(self, prepare: Callable[[nn.Module], nn.Module]) -> None:
         whole = self.through if isinstance(self.through, Reconstruction | Decoding) else self.through.module
         self.through = prepare(whole)  # type: ignore[arg-type]
@@ -286,6 +312,7 @@ class AutoencoderTask:
 
     def loss(self, batch: Batch, generator: torch.Generator, device: torch.device) -> Loss:
         x = batch.to_float().to(device)
+        self._autoencoder.to(device)  # what is not trained too
         training = self.network.training
         if self.distance is not None:
             self.distance.to(device)
@@ -388,6 +415,7 @@ class AutoencoderTask:
         """Held-out pictures, each above its reconstruction; `steps` do not apply."""
         pictures = self.validation or self.data
         device = next(self.network.parameters()).device
+        self._autoencoder.to(device)
         x = pictures.gather(range(min(count, len(pictures)))).to_float()
         rows = []
         for part in torch.split(x, 8):
@@ -400,12 +428,17 @@ class AutoencoderTask:
 
     def weights(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         named = {name.removeprefix("codec."): tensor for name, tensor in tensors.items()}
-        if self.recipe.codec is None:
-            return named
-        return {name: named[name] for name in self.network.state_dict() if name in named}
+        trained = self.network.state_dict()
+        for name, own in self._autoencoder.state_dict().items():
+            if name not in trained and not (name in named and torch.equal(named[name].to(own), own)):
+                raise UserError(f"the checkpoint is of another codec than {self.recipe.codec}; choose another folder")
+        return {name: tensor for name, tensor in named.items() if name in trained or self.recipe.codec is None}
 
     def model_config(self) -> dict[str, Any]:
-        return self.stage.config.model_dump(mode="json")
+        config = self.stage.config
+        if self.recipe.codec is not None:  # what is said of the old one's pictures may not hold of the new one
+            config = config.model_copy(update={"title": "", "licence": "", "source": ""})
+        return config.model_dump(mode="json")
 
     def finished(self, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The codec with latents made standard over the training pictures, or as they were."""
