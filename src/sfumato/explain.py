@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato.api import Model
+from sfumato.backends import offload
 from sfumato.diffusion.denoiser import Denoiser, Prediction
 from sfumato.diffusion.level import NoiseLevel
 from sfumato.diffusion.objective import Objective
@@ -152,12 +153,13 @@ def reverse(
 
     chosen = torch.linspace(0, len(estimates) - 1, min(_COLUMNS, len(estimates))).round().long().tolist()
     figure, rows = _figure(2, len(chosen) + 1, 1.35 * (len(chosen) + 1), 3.2)
-    for column, index in enumerate(chosen):
-        level, state = states[index]
-        spread = float(torch.sqrt(level.alpha**2 + level.sigma**2))
-        _show(rows[0][column], decoded(state / max(1.0, spread)), f"t = {float(level.t):.0f}")
-        _show(rows[1][column], decoded(estimates[index]))
-    _show(rows[0][-1], decoded(states[-1][1]), "result")
+    with offload.resting(model.system.networks()):
+        for column, index in enumerate(chosen):
+            level, state = states[index]
+            spread = float(torch.sqrt(level.alpha**2 + level.sigma**2))
+            _show(rows[0][column], decoded(state / max(1.0, spread)), f"t = {float(level.t):.0f}")
+            _show(rows[1][column], decoded(estimates[index]))
+        _show(rows[0][-1], decoded(states[-1][1]), "result")
     rows[1][-1].axis("off")
     rows[0][0].set_ylabel("x_t", fontsize=8)
     rows[1][0].set_ylabel("x0 expected", fontsize=8)
@@ -270,11 +272,12 @@ def solvers(
     )  # fmt: skip
     note(model.name)
     device = device_of(model.system)
-    denoise = guided(model.system, [Asked()] * pictures, None)
-    on_model = comparison.compare(
-        denoise, path, lambda: NoiseSource(range(seed, seed + pictures), model.system.shape, device=device),
-        spacing=spacing, budgets=budgets, names=names, note=note,
-    )  # fmt: skip
+    with offload.resting(model.system.networks()):
+        denoise = guided(model.system, [Asked()] * pictures, None)
+        on_model = comparison.compare(
+            denoise, path, lambda: NoiseSource(range(seed, seed + pictures), model.system.shape, device=device),
+            spacing=spacing, budgets=budgets, names=names, note=note,
+        )  # fmt: skip
     found = {"mixture": on_mixture, "model": on_model}
     return _solver_figure(found, model.name, spacing), found
 

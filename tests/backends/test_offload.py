@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import sfumato
+from sfumato import explain
 from sfumato.api import Model
 from sfumato.backends import compiled, offload, registry
 from sfumato.backends.driven import Forward, own_forward
@@ -47,6 +48,7 @@ from sfumato.codecs.preview import LatentPreview
 from sfumato.codecs.tiles import decode_tiled, encode_tiled
 from sfumato.condition import Condition
 from sfumato.errors import UserError
+from sfumato.evaluation.bpd import measure_bound, measure_flow
 from sfumato.images import PictureError
 from sfumato.networks.unet_article import Unet
 from sfumato.systems import Opened
@@ -246,6 +248,36 @@ def test_every_tensor_is_where_it_is_needed(name: str, way: str, monkeypatch: py
     assert same(networks, before)
 
 
+@pytest.mark.parametrize("way", ["networks", "blocks"])
+@pytest.mark.parametrize("name", ["sd1", "words", "class tokens"])
+def test_words_are_checked_where_the_weights_are(name: str, way: str) -> None:
+    model = MODELS[name]()
+    networks, before = model.networks(), fingerprint(model.networks())
+    tables = [m for m in networks["conditioner"].modules() if isinstance(m, nn.Embedding)]
+    seen: list[tuple[torch.device, torch.device]] = []
+    for table in tables:
+        table.register_forward_pre_hook(lambda table, given: seen.append((given[0].device, table.weight.device)))
+    engage(networks, META, way, point=swapped)
+    model.check_words(asked_of(model))
+    assert all(ids == table for ids, table in seen) and bool(seen) == bool(tables)
+    assert same(networks, before)
+
+
+def test_tiles_go_by_the_memory_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = sd()
+    engage(model.networks(), META, "networks", point=swapped)
+    asked = list[torch.device]()
+    for free in (2**50, 0):
+        monkeypatch.setattr(offload, "free_bytes", lambda device, free=free: (asked.append(device), free)[1])
+        assert model.needs_tiles(64, 64) == (free == 0)
+    assert asked == [META, META]
+    monkeypatch.setattr(offload, "free_bytes", lambda device: None)  # no memory of its own: the CPU's
+    for host, tiles in ((2**50, False), (0, True), (None, False)):
+        monkeypatch.setattr("sfumato.systems.latent.free_host_bytes", lambda host=host: host)
+        assert model.needs_tiles(64, 64) == tiles
+    assert not latent("pixels").needs_tiles(64, 64)
+
+
 @torch.no_grad()
 def test_the_article_s_network_goes_by_blocks_too() -> None:
     network = Unet(dim=8, dim_mults=(1, 2)).eval()
@@ -349,6 +381,48 @@ def test_copies_made_ahead_are_not_used_when_weights_have_changed_since() -> Non
     assert two.tensors[0].tolist() == [1, 1]
     shuttle.rest()
     assert two.tensors[0].tolist() == [1, 1] and shuttle.present is None
+
+
+class Counting(Mover):
+    """Copies ahead and says how often it copied."""
+
+    ahead = True
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        self.count = 0
+
+    def copies(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        self.count += 1
+        return super().copies(tensors)
+
+
+def test_copies_made_ahead_are_used_where_blocks_share_tensors() -> None:
+    """… and are of what rests; but for a tensor that was changed on the device meanwhile."""
+    shared, mover = nn.Parameter(torch.zeros(2)), Counting()
+    rests = shared.data_ptr()
+    one, two = (Group([nn.Parameter(torch.zeros(2)), shared]) for _ in range(2))
+    shuttle = Shuttle(mover)
+    for group in (one, two, one, two, one):
+        shuttle.need(group)
+    assert mover.count == 5 + 1  # each once for each time it came, and what may follow the last
+    with torch.no_grad():
+        shared.add_(1)
+    shuttle.need(two)
+    assert shared.tolist() == [1, 1] and mover.count == 6 + 2
+    shuttle.rest()
+    assert shared.tolist() == [1, 1] and shared.data_ptr() != rests
+
+
+@torch.no_grad()
+def test_weights_of_the_network_itself_are_copied_ahead_too() -> None:
+    network, mover = Scaled(), Counting()
+    before = fingerprint({"network": network})
+    engage({"network": network}, CPU, "blocks", mover=mover)
+    with resting({"network": network}):
+        for _ in range(4):
+            network(torch.zeros(1, 2))
+    assert mover.count == 8 + 1 and same({"network": network}, before)
 
 
 def test_copies_on_a_stream_of_their_own() -> None:
@@ -509,6 +583,57 @@ def test_weights_of_the_network_itself_come_with_each_block() -> None:
     assert network.scale.tolist() == [2, 2]
 
 
+def test_blocks_refuse_gradients() -> None:
+    """They would have gone before a gradient came back; a network as a whole stays."""
+    network, x = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).requires_grad_(False), torch.ones(1, 2)
+    expected = network(x)
+    engage({"network": network}, CPU, "blocks")
+    with resting({"network": network}):
+        assert torch.equal(network(x), expected)  # nothing asks for one
+        with pytest.raises(UserError, match="^offload by blocks computes no gradients; open the model with offload"):
+            network(x.clone().requires_grad_())
+        network[1].weight.requires_grad_()
+        with pytest.raises(UserError, match="^offload by blocks computes no gradients"):
+            network(x)
+        with torch.no_grad():
+            assert torch.equal(network(x), expected)
+    release(network)
+    engage({"network": network}, CPU, "networks")
+    with resting({"network": network}):
+        network(wanted := x.clone().requires_grad_()).sum().backward()
+    assert wanted.grad is not None and wanted.grad.any()
+
+
+@pytest.mark.parametrize("way", ["networks", "blocks"])
+def test_bits_per_dimension_leave_all_at_rest(way: str) -> None:
+    model = _eval(ddpm())
+    pictures = torch.randint(0, 256, (2, *model.shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    of_flow = partial(measure_flow, model, pictures, steps=2)
+    expected = measure_bound(model, pictures, steps="3").total, of_flow().total
+    before = fingerprint(model.networks())
+    recorded(model, way)
+    assert measure_bound(model, pictures, steps="3").total == expected[0] and same(model.networks(), before)
+    if way == "networks":
+        assert of_flow().total == expected[1]
+    else:
+        with pytest.raises(UserError, match="^offload by blocks computes no gradients"):
+            of_flow()
+    assert same(model.networks(), before)
+
+
+@pytest.mark.parametrize("way", ["networks", "blocks"])
+def test_figures_leave_all_at_rest(way: str) -> None:
+    pytest.importorskip("matplotlib")
+    model = Model(Opened(sd(), Path(), ""), "small", device="cpu")
+    before = fingerprint(model.system.networks())
+    mover = recorded(model.system, way)
+    explain.reverse(model, prompt="a hat", steps=2)
+    assert mover.order()[-1] == "codec" and same(model.system.networks(), before)
+    mover.came.clear()
+    explain.solvers(model, budgets=[2, 3], names=["euler"], pictures=1)
+    assert mover.order()[-1] == "network" and same(model.system.networks(), before)
+
+
 def test_under_inference_mode_too() -> None:
     model = sd()
     expected, before = draw(model, **HOW), fingerprint(model.networks())
@@ -612,9 +737,10 @@ def test_the_front_door(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, way: st
     plain = sfumato.load(path, device="cpu")
     assert plain.offload == "never"
     (expected,) = plain.generate(**how, hires=2.0)
-    monkeypatch.setattr(offload, "free_bytes", lambda device: 0 if way == "blocks" else 2**18)
-    monkeypatch.setattr(offload, "fitting", lambda free, sizes, blocks: way)
-    model = sfumato.load(path, device="cpu")
+    with monkeypatch.context() as small:
+        small.setattr(offload, "free_bytes", lambda device: 0 if way == "blocks" else 2**18)
+        small.setattr(offload, "fitting", lambda free, sizes, blocks: way)
+        model = sfumato.load(path, device="cpu")
     networks = model.system.networks()
     before = fingerprint(networks)
     note = f"the memory that is free on cpu is short, so offload by {way} is on"

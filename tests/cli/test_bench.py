@@ -10,6 +10,7 @@ import torch
 
 import sfumato.backends.attention as backends
 from sfumato.networks.attention import KERNELS, math
+from sfumato.tasks.bench import _peak
 
 
 def test_a_small_model(place: Path, succeed: Callable) -> None:
@@ -21,6 +22,13 @@ def test_a_small_model(place: Path, succeed: Callable) -> None:
     assert row["profile"]["convolution"] > 0
     told = succeed("bench", *options).out.splitlines()
     assert told[0].startswith("cat-dog, 8 x 8, batch 1") and "of matmul" in told[1] and "float32" in told[2]
+
+
+def test_memory_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[torch.device]()
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda device: (asked.append(device), 7)[1])
+    assert _peak(torch.device("cuda")) == 7 and _peak(torch.device("cpu")) > 1e7
+    assert asked == [torch.device("cuda")]
 
 
 @pytest.mark.parametrize(

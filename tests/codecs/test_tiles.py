@@ -25,7 +25,7 @@ from sfumato.codecs.tiles import (
     difference,
     encode_tiled,
     feathers,
-    free_bytes,
+    free_host_bytes,
     layer_bytes,
     needs_tiles,
     pieces,
@@ -284,7 +284,7 @@ def test_memory_grows_with_pixels_and_width_of_type() -> None:
 
 
 def test_free_memory_is_a_number_where_it_is_known() -> None:
-    free = free_bytes()
+    free = free_host_bytes()
     assert (free is not None) == Path("/proc/meminfo").is_file()
     assert free is None or 2**20 < free < 2**50
 

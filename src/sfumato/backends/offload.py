@@ -185,32 +185,41 @@ def _state(tensor: Tensor) -> State:
     return tensor.data_ptr(), tensor.dtype, 0 if tensor.is_inference() else tensor._version
 
 
+Away = Mapping[int, tuple[Tensor, State]]
+"""By the `id` of a tensor that is on the device: its values and its state at rest."""
+NONE_AWAY: Away = {}
+
+
 class Group:
     """Weights that come and go together."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = list({id(one): one for one in tensors}.values())
-        self._there: list[tuple[Tensor, Tensor, State]] = []
+        self._there: list[tuple[Tensor, Tensor, State, State]] = []
 
-    def values(self) -> list[Tensor]:
-        """What the tensors point at now."""
-        return [one.data for one in self.tensors]
+    def values(self, away: Away = NONE_AWAY) -> list[Tensor]:
+        """What the tensors point at now, or at rest where they are away."""
+        return [away[id(one)][0] if id(one) in away else one.data for one in self.tensors]
 
-    def states(self) -> list[State]:
-        """Of all its tensors."""
-        return [_state(one) for one in self.tensors]
+    def states(self, away: Away = NONE_AWAY) -> list[State]:
+        """Of all its tensors, now, or at rest where they are away."""
+        return [away[id(one)][1] if id(one) in away else _state(one) for one in self.tensors]
+
+    def away(self) -> Away:
+        """Those of its tensors that are on the device."""
+        return {id(tensor): (resting, before) for tensor, resting, before, _ in self._there}
 
     def come(self, copies: Sequence[Tensor], point: Point) -> None:
         """Point at copies on the device."""
         for tensor, there in zip(self.tensors, copies, strict=True):
-            resting = tensor.data
+            resting, before = tensor.data, _state(tensor)
             point(tensor, there)
-            self._there.append((tensor, resting, _state(tensor)))
+            self._there.append((tensor, resting, before, _state(tensor)))
 
     def go(self, point: Point) -> None:
         """Point at what was there before; what was changed meanwhile is copied."""
         while self._there:
-            tensor, resting, state = self._there[-1]
+            tensor, resting, _, state = self._there[-1]
             point(tensor, resting if _state(tensor) == state else tensor.data.to(resting.device, copy=True))
             self._there.pop()
 
@@ -258,9 +267,11 @@ class Shuttle:
             self._begin(self._after[group])
 
     def _begin(self, group: Group) -> None:
-        """Begin to copy what will probably follow, where there is room for both."""
+        """Begin to copy what will probably follow, where there is room for both; from what rests, also of tensors that
+        the present group shares with it."""
+        away = self.present.away() if self.present is not None else NONE_AWAY
         try:
-            self._begun = group, group.states(), self.mover.copies(group.values())
+            self._begun = group, group.states(away), self.mover.copies(group.values(away))
         except torch.OutOfMemoryError:
             self._begun = None  # it is copied when its turn comes
 
@@ -280,17 +291,28 @@ class Fetching:
         module: whose call it is.
         shuttle: of its model.
         group: that holds its weights; None for what only holds other blocks.
+        part: whether the group is a part of its network: it goes before a gradient could come back to it.
+
+    Raises:
+        UserError: when called for a gradient, if `part`.
     """
 
-    def __init__(self, module: nn.Module, shuttle: Shuttle, group: Group | None) -> None:
-        self.module, self.shuttle, self.group = module, shuttle, group
+    def __init__(self, module: nn.Module, shuttle: Shuttle, group: Group | None, part: bool = False) -> None:
+        self.module, self.shuttle, self.group, self.part = module, shuttle, group, part
         self.standing = vars(module).get("forward")
         self.inner = own_forward(module) if self.standing is None else self.standing
 
     def __call__(self, *args: Any, **slots: Any) -> Any:
+        if self.part and torch.is_grad_enabled():
+            self._refuse_gradients([*args, *slots.values()])
         if self.group is not None and self.group is not self.shuttle.present:
             self.shuttle.need(self.group)
         return self.inner(*args, **slots)
+
+    def _refuse_gradients(self, given: Sequence[Any]) -> None:
+        weights = self.group.tensors if self.group is not None else []
+        if any(isinstance(one, Tensor) and one.requires_grad for one in (*given, *weights)):
+            raise UserError("offload by blocks computes no gradients; open the model with offload networks or never")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """For a copy of the module over the same weights; one with weights of its own stays where they are."""
@@ -332,7 +354,7 @@ def engage(
         within = {id(one) for block in blocks for one in tensors_of(block)}
         own = [one for one in tensors_of(network) if id(one) not in within]  # beside the blocks: comes with each
         for block in blocks:
-            _stand(block, shuttle, Group([*tensors_of(block), *own]))
+            _stand(block, shuttle, Group([*tensors_of(block), *own]), part=not whole)
         if not isinstance(vars(network).get("forward"), Fetching):
             vars(network)["forward"] = Fetching(network, shuttle, None)
 
@@ -349,16 +371,16 @@ def blocks_of(network: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-def _stand(module: nn.Module, shuttle: Shuttle, group: Group) -> None:
+def _stand(module: nn.Module, shuttle: Shuttle, group: Group, part: bool) -> None:
     """Let a module and all within bring the group: some are called, or their weights read, by others than their
     parents. What another engine computes as a whole is left as it is within."""
     standing = vars(module).get("forward")
     if isinstance(standing, Fetching):
         return
-    vars(module)["forward"] = Fetching(module, shuttle, group)
+    vars(module)["forward"] = Fetching(module, shuttle, group, part)
     for child in module.children() if not isinstance(standing, Driven) else ():
         if _has_weights(child):
-            _stand(child, shuttle, group)
+            _stand(child, shuttle, group, part)
 
 
 def _pin(tensors: Sequence[Tensor]) -> None:

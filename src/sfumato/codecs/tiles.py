@@ -172,8 +172,8 @@ def needs_tiles(codec: Codec, h: int, w: int, available_bytes: int, count: int =
     return count * decode_bytes(codec, h, w) * _SPARE > available_bytes
 
 
-def free_bytes() -> int | None:
-    """Memory that this process may still take without swapping, in bytes; None where the system does not tell.
+def free_host_bytes() -> int | None:
+    """The CPU's memory that this process may still take without swapping, in bytes; None where it is not known.
 
     What Linux calls available, or what is left within the limit of a container (control groups, version 2).
     """

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sfumato.backends import offload
 from sfumato.diffusion.denoiser import Prediction
 from sfumato.diffusion.guidance import DenoiseFn, clip_x0, unguided
 from sfumato.diffusion.level import NoiseLevel
@@ -100,9 +101,10 @@ def measure_bound(
     if variance is None:
         variance = "learned" if model.denoiser.learned_variance else "small"
     found: list[Bound] = []
-    for x0, denoise, noise in _batches(model, pictures, labels, seed, batch, on_batch):
-        denoise = clip_x0(denoise) if clip else denoise
-        found.append(bound(denoise, x0, levels, noise, variance=variance))
+    with offload.resting(model.networks()):
+        for x0, denoise, noise in _batches(model, pictures, labels, seed, batch, on_batch):
+            denoise = clip_x0(denoise) if clip else denoise
+            found.append(bound(denoise, x0, levels, noise, variance=variance))
     whole = {
         name: torch.cat([getattr(part, name).to("cpu", torch.float64) for part in found])
         for name in ("total", "prior", "decoder", "terms", "x0_mse", "eps_mse")
@@ -149,20 +151,21 @@ def measure_flow(
     """
     _check(model, pictures, labels, batch)
     bits, evaluations = [], 0
-    for x0, denoise, noise in _batches(model, pictures, labels, seed, batch, on_batch):
-        spread = dequantize(x0, noise)
-        found = flow_density(
-            denoise,
-            spread,
-            model.denoiser.schedule,
-            divergence=divergence,
-            noise=noise,
-            probes=probes,
-            tolerance=tolerance,
-            steps=steps,
-        )
-        bits.append(found.bits_per_dim(bins=True))
-        evaluations = max(evaluations, found.evaluations)
+    with offload.resting(model.networks()):
+        for x0, denoise, noise in _batches(model, pictures, labels, seed, batch, on_batch):
+            spread = dequantize(x0, noise)
+            found = flow_density(
+                denoise,
+                spread,
+                model.denoiser.schedule,
+                divergence=divergence,
+                noise=noise,
+                probes=probes,
+                tolerance=tolerance,
+                steps=steps,
+            )
+            bits.append(found.bits_per_dim(bins=True))
+            evaluations = max(evaluations, found.evaluations)
     each = torch.cat(bits)
     _refuse_unmeasurable(each)
     asked = _looks(model) * evaluations

@@ -20,7 +20,7 @@ from sfumato.backends import offload
 from sfumato.checkpoints import hashes
 from sfumato.checkpoints.io import component, take_over
 from sfumato.codecs import Codec, Moments
-from sfumato.codecs.tiles import decode_tiled, encode_tiled, free_bytes, needs_tiles
+from sfumato.codecs.tiles import decode_tiled, encode_tiled, free_host_bytes, needs_tiles
 from sfumato.condition import Condition
 from sfumato.conditioners.base import Combined, Conditioner
 from sfumato.conditioners.clip_prompt import ClipPrompt, Prompt
@@ -208,10 +208,15 @@ class Latent:
         return torch.cat([self.codec.decode(part).float() for part in torch.split(x, 1 if alone else len(x))])
 
     def needs_tiles(self, width: int, height: int) -> bool:
-        """Whether the memory that is free now is too short to decode a picture of this size whole."""
-        free = free_bytes()
+        """Whether the memory that is free now, where the codec computes, is too short to decode a picture of this size
+        whole."""
+        if self.codec.network is None:
+            return False
+        free = offload.free_bytes(offload.device_of(self.codec.network))
+        if free is None:  # a device without memory of its own
+            free = free_host_bytes()
         _, h, w = self.shape_of(width, height)
-        return self.codec.network is not None and free is not None and needs_tiles(self.codec, h, w, free)
+        return free is not None and needs_tiles(self.codec, h, w, free)
 
     def _codec_dtype(self, like: Tensor) -> torch.dtype:
         network = self.codec.network
@@ -266,7 +271,10 @@ class Latent:
     def check_words(self, asked: Sequence[Asked]) -> None:
         """Refuse, with a `UserError`, what the model cannot read; nothing is drawn and nothing shown."""
         parts = {name: part for name, part in self._parts.items() if part.reads}
-        if parts:
+        if self.conditioner is None or not parts:
+            return
+        with offload.resting(self.networks()):
+            offload.bring(self.conditioner.network)  # that of the parts alone brings nothing
             Latent(self.config, self.denoiser, self.codec, Combined(parts)).conditions(asked)
 
     def _words(self, asked: Asked, text: str | None, *, whole: bool = False) -> str | Prompt | None:

@@ -41,7 +41,7 @@ class Speed:
         decode: seconds of the codec's decoder; 0 for pixels.
         step_flop, decode_flop: multiplications and additions of each.
         rate: of a large matrix product in the network's type, in FLOP a second.
-        memory: the most that the process has held, in bytes.
+        memory: the most that the process has held, in bytes: of the CPU's memory, or of the device's elsewhere.
     """
 
     step: float
@@ -88,7 +88,7 @@ def measured(
         step_flop=_flop(model, x, level, condition),
         decode_flop=_decode_flop(model, x[:batch]),
         rate=matmul_rate(next(model.denoiser.network.parameters()).dtype, device),
-        memory=_peak(),
+        memory=_peak(device),
     )
 
 
@@ -131,8 +131,10 @@ def _decode_flop(model: Drawing, latents: Tensor) -> float:
     return float(counter.get_total_flops())
 
 
-def _peak() -> int:
-    """Bytes that this process has held at most."""
+def _peak(device: torch.device) -> int:
+    """Bytes that this process has held at most, of the memory that the device computes in."""
+    if device.type != "cpu":
+        return int(torch.accelerator.max_memory_allocated(device))
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 
