@@ -7,12 +7,9 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large tensors on large pages, which are sooner there
 
 if TYPE_CHECKING:
     from sfumato.api import Model as Model

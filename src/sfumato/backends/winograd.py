@@ -43,7 +43,7 @@ SCOPE = "sfumato::convolution"
 LEAST_CHANNELS, LEAST_PIXELS = 192, 512
 """Channels in and out, and pixels of all pictures of a call, below which the definition is as fast: 16 matrices are
 then read for a handful of rows."""
-SHARE, LEAST_BUDGET = 0.55, 2**28
+SHARE, LEAST_BUDGET = 0.43, 2**28
 """Transformed kernels take at most this share of the network's own weights, or so many bytes."""
 MARGIN = 1.15
 """How much faster it must be measured to be taken."""
