@@ -438,9 +438,8 @@ def test_another_codec_is_not_gone_on_with(tmp_path: Path, data: Path) -> None:
 
 
 def test_another_first_stage_by_its_run(tmp_path: Path, data: Path) -> None:
-    own = {"network": dict(api.load("emoji").system.config.codec.network) | {"scaling_factor": None}}
-    del own["network"]["scaling_factor"]
-    values = codec_settings(data, train={"steps": 1, "save_every": 1}) | {"model": {"kind": "kl"} | own}
+    network = {k: v for k, v in api.load("emoji").system.config.codec.network.items() if k != "scaling_factor"}
+    values = codec_settings(data, train={"steps": 1, "save_every": 1}) | {"model": {"kind": "kl", "network": network}}
     run.train(autoencoder_recipe(values), tmp_path / "codec", device=CPU, say=print)
     opened = api.load("emoji", vae=tmp_path / "codec")
     assert opened.opening["vae"]["path"] == str((tmp_path / "codec" / "model.safetensors").resolve())

@@ -1,4 +1,4 @@
-"""Short measurements, by which one way of computing is chosen over another.
+"""Short measurements, by which one way of computing is chosen over another, and the memory that a process has held.
 
 >>> least_seconds(lambda: sum(range(1000)), repeat=2) > 0
 True
@@ -6,6 +6,7 @@ True
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -28,3 +29,16 @@ def least_seconds(call: Callable[[], Any], device: torch.device | None = None, r
             torch.accelerator.synchronize()
         times.append(time.perf_counter() - began)
     return min(times[1:])
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes that this process has held at most, of the memory that the device computes in; None where the system does
+    not tell."""
+    if device.type != "cpu":
+        return int(torch.accelerator.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

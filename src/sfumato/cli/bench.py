@@ -128,6 +128,10 @@ def _measure(
     return known | ({"profile": shares(opened.system, w, h, batch=batch)} if profile else {})
 
 
+def _megabytes(memory: int | None) -> str:
+    return "unknown" if memory is None else f"{memory / 2**20:.0f} MB"
+
+
 def _way(row: dict[str, Any]) -> str:
     """Who computed, in a few words: torch's attention kernel, or the backend."""
     if row["backend"] == FOREIGN:
@@ -147,7 +151,7 @@ def _table(found: list[dict[str, Any]], steps: int, batch: int) -> None:
         whole = steps * row["step"] + row["decode"]
         print(
             f"{row['dtype']:9} {_way(row):17} {row['step']:8.3f} {whole:11.1f} {row['decode']:8.2f} "
-            f"{row['share']:9.0%} {row['memory'] / 2**20:6.0f} MB"
+            f"{row['share']:9.0%} {_megabytes(row['memory']):>9}"
         )
         for kind, seconds in row.get("profile", {}).items():
             print(f"    {kind:24} {seconds:8.3f} s")

@@ -13,8 +13,6 @@ True
 
 from __future__ import annotations
 
-import resource
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sfumato.backends import attention, winograd
-from sfumato.backends.timing import least_seconds
+from sfumato.backends.timing import least_seconds, peak_memory
 from sfumato.condition import Condition
 from sfumato.diffusion.level import NoiseLevel
 from sfumato.networks.unet_condition import UNet2DConditionModel
@@ -41,7 +39,8 @@ class Speed:
         decode: seconds of the codec's decoder; 0 for pixels.
         step_flop, decode_flop: multiplications and additions of each.
         rate: of a large matrix product in the network's type, in FLOP a second.
-        memory: the most that the process has held, in bytes: of the CPU's memory, or of the device's elsewhere.
+        memory: the most that the process has held, in bytes: of the CPU's memory, or of the device's elsewhere; None
+            where the system does not tell.
     """
 
     step: float
@@ -49,7 +48,7 @@ class Speed:
     step_flop: float
     decode_flop: float
     rate: float
-    memory: int
+    memory: int | None
 
     @property
     def share(self) -> float:
@@ -88,7 +87,7 @@ def measured(
         step_flop=_flop(model, x, level, condition),
         decode_flop=_decode_flop(model, x[:batch]),
         rate=matmul_rate(next(model.denoiser.network.parameters()).dtype, device),
-        memory=_peak(device),
+        memory=peak_memory(device),
     )
 
 
@@ -129,14 +128,6 @@ def _decode_flop(model: Drawing, latents: Tensor) -> float:
     with FlopCounterMode(display=False) as counter:
         outline.codec.decode(latents.to(torch.device("meta")))
     return float(counter.get_total_flops())
-
-
-def _peak(device: torch.device) -> int:
-    """Bytes that this process has held at most, of the memory that the device computes in."""
-    if device.type != "cpu":
-        return int(torch.accelerator.max_memory_allocated(device))
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
 
 
 @at_rest

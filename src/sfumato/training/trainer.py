@@ -14,7 +14,6 @@ import hashlib
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -27,6 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sfumato.backends.timing import peak_memory
 from sfumato.checkpoints.io import load_strictly, replacing, write_model
 from sfumato.diffusion.densities import LossHistory
 from sfumato.diffusion.objective import Loss
@@ -336,7 +336,7 @@ class Trainer:
             tensor.copy_(value)
         steps = self.config.steps - self.step
         optimizer_state = 2 * sum(p.numel() * p.element_size() for p in self.task.network.parameters())
-        peak = _peak_memory(self.device)
+        peak = peak_memory(self.device)
         memory = peak + optimizer_state if peak is not None else None
         return Estimate(min(times) * self.config.accumulate, memory, steps)
 
@@ -732,15 +732,3 @@ def _accelerator(device: torch.device | None) -> Any:
 
 def _due(step: int, every: int, last: bool) -> bool:
     return every > 0 and (step % every == 0 or last)
-
-
-def _peak_memory(device: torch.device) -> int | None:
-    """Bytes at the peak so far, None where the system does not tell."""
-    if device.type != "cpu":
-        return int(torch.accelerator.max_memory_allocated(device))
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
