@@ -23,6 +23,7 @@ from sfumato import __version__, models
 from sfumato.backends import offload as offloading
 from sfumato.backends import registry, winograd
 from sfumato.backends.attention import chosen, using
+from sfumato.backends.devices import choose_device
 from sfumato.backends.fast import FastSettings, level
 from sfumato.checkpoints.formats import diffusers
 from sfumato.checkpoints.formats.families import Prediction, family_named
@@ -56,7 +57,6 @@ from sfumato.tasks.fast import fitted
 from sfumato.tasks.original import Given, Original, layout_given, map_restored
 from sfumato.training import state
 from sfumato.training.first_stage import codec_file
-from sfumato.training.trainer import default_device
 
 WEIGHTS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 TILES = ("auto", "always", "never")
@@ -744,18 +744,3 @@ def first_stage_of(path: str | Path) -> Path:
     """What another first stage is opened from: a name from the box, a finished run's model, else the file or folder
     itself. Raises `UserError` for a run that is not finished."""
     return Path(path) if diffusers.is_pipeline(path) else codec_file(str(path))
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name; "auto" takes a GPU if torch has one. Raises `UserError` when it is not there."""
-    if name == "auto":
-        return default_device()
-    try:
-        device = torch.device(name)
-        torch.zeros((), device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        if reason.startswith("Expected one of"):  # torch's list of every device it has heard of
-            reason = "there is no such kind of device; auto, cpu or the GPU's name in torch are expected"
-        raise UserError(f"device {name!r} cannot be used here ({reason})") from None
-    return device

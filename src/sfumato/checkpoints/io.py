@@ -247,7 +247,7 @@ def _as_computed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def layout_of(weight: Tensor) -> torch.memory_format:
     """The layout that networks compute with: channels-last for filters of convolutions."""
-    return torch.channels_last if weight.ndim == 4 else torch.preserve_format
+    return torch.channels_last if weight.ndim == 4 else torch.contiguous_format
 
 
 def check_fit(module: torch.nn.Module, tensors: Mapping[str, Tensor], *, what: str) -> None:

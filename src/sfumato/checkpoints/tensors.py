@@ -21,7 +21,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -110,24 +110,44 @@ class TensorFile:
             if dtype is None:
                 tensor: Tensor = self._mapped.get_tensor(name)
                 return tensor
-            return self._read_bytes(name, wanted)
+            return self._read_cast(name, wanted)
         except OSError as error:
             raise ModelFileError(f"{self.path} cannot be read: {explain_os_error(error)}") from None
 
-    def _read_bytes(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A tensor in a type, in memory of its own."""
+    def _read_cast(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A tensor in a type and in the layout of networks, the same as `Tensor.to` gives, in memory of its own.
+
+        Some rows at a time and several at once: what was read is still in the cache when it is cast, and no memory is
+        needed but the result's.
+        """
         stored = self.seen[name]
-        size = stored.numel() * stored.element_size()
-        if not size:
-            return torch.empty(stored.shape, dtype=dtype)
-        buffer = _buffer(size)
-        target, start, done = _bytes_of(buffer), self._offsets[name], 0
-        while done < size:
+        out = torch.empty(stored.shape, dtype=dtype, memory_format=layout_of(stored))
+        if not out.numel():
+            return out
+        table = out if out.ndim else out[None]
+        width = out.numel() // len(table)
+        rows = max(1, _PIECE // width)
+
+        def fill(first: int) -> None:
+            here = table[first : first + rows]
+            raw = _buffer(here.numel() * stored.element_size())
+            self._read_into(raw, name, first * width * stored.element_size())
+            _cast(raw.view(stored.dtype).view(here.shape), here)
+
+        if rows >= len(table):
+            fill(0)
+        else:
+            list(_READERS.map(fill, range(0, len(table), rows)))  # raises what one of them raised
+        return out
+
+    def _read_into(self, raw: Tensor, name: str, skipped: int) -> None:
+        """Fill bytes with those of a tensor, from a place in it."""
+        target, start, done = _bytes_of(raw), self._offsets[name] + skipped, 0
+        while done < len(target):
             got = os.preadv(self._handle.fileno(), [target[done:]], start + done)  # by place: any thread may read
             if not got:
                 raise ModelFileError(f"{self.path} ends before the tensor {name}")
             done += got
-        return _converted(buffer.view(stored.dtype).view(stored.shape), dtype)
 
     def number(self, name: str) -> float | None:
         """The value of a tensor that holds one number; None if there is no such tensor."""
@@ -136,24 +156,16 @@ class TensorFile:
         return float(self.read(name).item())
 
 
-_PIECE = 2**15 - 1  # numbers converted at a time: in the cache, by one thread, for others read at the same time
+_PIECE = 2**19  # numbers that are read and cast at a time
+_READERS = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="sfumato-read")
 
 
-def _converted(stored: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy in another type and in the layout of networks, the same as `Tensor.to` gives.
-
-    Some rows at a time, and in two steps: from one half type to the other by way of float32, into the type before into
-    the layout. torch's own way does either number by number, which takes two to four times as long.
-    """
-    if stored.ndim < 2:
-        return stored.to(dtype, copy=True)
-    out = torch.empty_like(stored, dtype=dtype, memory_format=layout_of(stored))
-    halves = stored.dtype != dtype and stored.is_floating_point() and stored.element_size() == dtype.itemsize == 2
-    rows = max(1, _PIECE // max(1, stored[0].numel()))
-    for there, here in zip(torch.split(out, rows), torch.split(stored, rows), strict=True):
-        part = here.float() if halves else here
-        there.copy_(part.to(dtype) if stored.ndim == 4 else part)
-    return out
+def _cast(stored: Tensor, out: Tensor) -> None:
+    """Copy into another type and layout in two steps: from one half type to the other by way of float32, into the type
+    before into the layout. torch's own way does either number by number, which takes two to four times as long."""
+    kinds = {stored.dtype, out.dtype}
+    part = stored.float() if kinds == {torch.float16, torch.bfloat16} else stored
+    out.copy_(part.to(out.dtype) if out.ndim == 4 else part)
 
 
 _OWN = local()
@@ -187,14 +199,6 @@ class Lazily(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._places)
-
-
-_READERS = ThreadPoolExecutor(2, thread_name_prefix="sfumato-read")
-
-
-def begun(read: Callable[[], Mapping[str, Tensor]]) -> Future[dict[str, Tensor]]:
-    """Start to read tensors in a thread: reading and casting need no interpreter, building a network does."""
-    return _READERS.submit(lambda: dict(read()))
 
 
 def _seen(path: Path, name: str, entry: Any) -> Tensor:

@@ -45,9 +45,9 @@ def bench(
 ) -> None:
     """Time guided steps and the decoder, with memory, and the share of the machine's own rate that they reach."""
     import sfumato.backends.attention  # noqa: F401  (its kernels are known by name from here on)
-    from sfumato.api import choose_device
     from sfumato.backends import offload as offloading
     from sfumato.backends import registry, winograd
+    from sfumato.backends.devices import choose_device
     from sfumato.networks.attention import KERNELS
 
     kernels, dtypes, backends = kernel or ["sdpa", "adaptive"], dtype or list(DTYPES), backend or ["torch"]

@@ -115,8 +115,8 @@ def doctor() -> None:
 
     from sfumato import __version__, models
     from sfumato.api import native_bfloat16
+    from sfumato.backends.devices import default_device
     from sfumato.systems import open_system
-    from sfumato.training.trainer import default_device
 
     print(f"sfumato {__version__}, Python {platform.python_version()}, {platform.platform()}")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, computes on {default_device()}")

@@ -237,12 +237,12 @@ def _ruler_of(
     candidates: int, seed: int, device: str, data: Path,
 ) -> tuple[Ruler, dict[str, Any]]:  # fmt: skip
     """The ruler and the settings, counts and hashes that its figures are told with."""
-    from sfumato import api
+    from sfumato.backends.devices import choose_device
     from sfumato.evaluation.captioned import Ruler
     from sfumato.evaluation.judge import judge
     from sfumato.evaluation.retrieval import Views
 
-    place = api.choose_device(device)
+    place = choose_device(device)
     chosen = judge(features, place)
     matcher, sha256 = (None, None) if clip is None else _open_clip(clip, place)
     if matcher is not None and (train.texts is None or held_out.texts is None):
@@ -363,9 +363,9 @@ def _reconstruct(codec: Codec, device: str) -> Reconstruct:
     """The codec as a function of 8-bit pictures; of a distribution of latents the mean is taken."""
     import torch
 
-    from sfumato import api
+    from sfumato.backends.devices import choose_device
 
-    place = api.choose_device(device)
+    place = choose_device(device)
     if codec.network is not None:
         codec.network.to(place).eval()
 
@@ -381,14 +381,14 @@ def _codes(codec: Codec, pictures: Tensor, batch: int, device: str) -> Row:
     """How many codes of a codebook training pictures use, and how evenly; nothing for other codecs."""
     import torch
 
-    from sfumato import api
+    from sfumato.backends.devices import choose_device
     from sfumato.codecs import VQCodec
     from sfumato.evaluation.figures import Figure
     from sfumato.networks.vq import code_counts, perplexity
 
     if not isinstance(codec, VQCodec):
         return {}
-    place, size = api.choose_device(device), codec.network.config.num_vq_embeddings
+    place, size = choose_device(device), codec.network.config.num_vq_embeddings
     counts = torch.zeros(size, dtype=torch.int64)
     with torch.no_grad():
         for part in torch.split(pictures, batch):

@@ -43,7 +43,7 @@ def train(
         return
     if out is None:
         raise UserError("name the run's folder with --out RUN")
-    from sfumato.api import choose_device
+    from sfumato.backends.devices import choose_device
     from sfumato.images import PictureError
     from sfumato.training.trainer import TrainingFailed
 
@@ -65,7 +65,7 @@ def check(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
 ) -> None:
     """Rehearse a run: open every picture, train, validate, sample, save, resume and finish, once each."""
-    from sfumato.api import choose_device
+    from sfumato.backends.devices import choose_device
     from sfumato.training import recipes, run
 
     loaded = recipes.load(recipe, overrides or [], *(str(p) if p is not None else None for p in (data, codec)))

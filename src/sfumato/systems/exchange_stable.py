@@ -27,7 +27,6 @@ from sfumato.checkpoints.formats import diffusers
 from sfumato.checkpoints.formats.diffusers import CLASS, Component
 from sfumato.checkpoints.formats.families import DDPM_X4, VAE_F4, Family, Prediction, family_named, predicting
 from sfumato.checkpoints.io import check_fit, take_over
-from sfumato.checkpoints.tensors import begun
 from sfumato.conditioners.clip_prompt import ClipPrompt
 from sfumato.conditioners.shown import Depth, LowResolution, Masked
 from sfumato.diffusion.schedule import TableSchedule
@@ -98,8 +97,7 @@ def network_config(kind: type[ConfigT], part: Component) -> ConfigT:
 def fill(
     networks: Mapping[str, nn.Module], stored: Mapping[str, Stored], *, what: str, dtype: torch.dtype | None
 ) -> None:
-    """Give networks on "meta" their weights; all names and shapes are looked at before the first value is read, and
-    while one network gets its weights those of the next are read.
+    """Give networks on "meta" their weights; all names and shapes are looked at before the first value is read.
 
     Raises:
         ModelFileError: for what does not fit.
@@ -107,9 +105,8 @@ def fill(
     nothing = Stored({}, dict)
     for name, network in networks.items():
         check_fit(network, stored.get(name, nothing).seen, what=what)
-    weights = {name: begun(stored.get(name, nothing).read) for name in networks}
     for name, network in networks.items():
-        take_over(network, weights.pop(name).result(), what=what, dtype=dtype)
+        take_over(network, stored.get(name, nothing).read(), what=what, dtype=dtype)
         network.eval()
 
 

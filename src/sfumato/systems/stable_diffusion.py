@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +24,6 @@ from sfumato.checkpoints.formats import families
 from sfumato.checkpoints.formats.families import Family, Prediction
 from sfumato.checkpoints.formats.single_file import SingleFile, Written, write
 from sfumato.checkpoints.io import component, take_over
-from sfumato.checkpoints.tensors import begun
 from sfumato.conditioners.clip_prompt import ClipPrompt
 from sfumato.conditioners.shown import Depth, LowResolution, Masked
 from sfumato.errors import UserError
@@ -215,11 +213,10 @@ def open_single_file(
 def _load(file: SingleFile, dtype: torch.dtype | None, parts: tuple[str, ...]) -> Latent:
     """The model of a file; with fewer than all parts the others stay on "meta"."""
     assert file.family is not None
-    weights = {part: begun(partial(file.read, part, dtype)) for part in NAMES.values() if part in parts}
-    model = Latent.create(config_of(file.family), "meta")  # meanwhile
+    model = Latent.create(config_of(file.family), "meta")
     for name, network in model.networks().items():
         if NAMES[name] in parts:
-            own = component(named(NAMES[name], weights.pop(NAMES[name]).result()), name)
+            own = component(named(NAMES[name], file.read(NAMES[name], dtype)), name)
             take_over(network, _without_spare(network, own), what=str(file.path), dtype=dtype)
             network.eval()
     return model

@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sfumato.backends.devices import default_device
 from sfumato.backends.timing import peak_memory
 from sfumato.checkpoints.io import load_strictly, replacing, write_model
 from sfumato.diffusion.densities import LossHistory
@@ -707,12 +708,6 @@ def adamw(network: nn.Module, o: OptimizerConfig) -> torch.optim.AdamW:
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whose names begin with a prefix, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def default_device() -> torch.device:
-    """A GPU or other accelerator if torch has one, else the CPU."""
-    accelerator = torch.accelerator.current_accelerator()
-    return accelerator if accelerator is not None and torch.accelerator.is_available() else torch.device("cpu")
 
 
 def _accelerator(device: torch.device | None) -> Any:
