@@ -173,7 +173,8 @@ class Model:
             steps, sampler, schedule, guidance: None for the model's own defaults; `sampler` may be a `Solver`. Any
                 program's names will do (`sfumato samplers`, `sfumato schedules`); a sampler's may carry the schedule's.
             guidance_rescale: phi in [0, 1], pulls the spread of guided outputs back (Lin 2023).
-            guidance_interval: noise-to-signal ratios (low, high) within which guidance acts; None for all.
+            guidance_interval: noise-to-signal ratios (low, high) within which guidance acts; None for the model's own,
+                which mostly is all.
             label: a class of a class-conditional model, or several, which the pictures take in turn; "all" is every
                 class in turn; None leaves the class open.
             width, height: in pixels; None for the map's, else the model's own. Pixel-space models draw that only.
@@ -211,7 +212,7 @@ class Model:
         how = Guidance(guidance, guidance_rescale, guidance_interval)
         settings = self._settings(steps, sampler, schedule, how, asked[0], width, height)
         settings |= _second_pass(self.system, hires, hires_strength, settings, words.get("map"))
-        settings |= self._savings(fast, settings, sampler)
+        settings |= self._savings(fast, settings, sampler, how)
         return self._all(asked, names, seed, settings, sampler, on_step, on_plan, same=way)
 
     def edit(
@@ -277,7 +278,7 @@ class Model:
         self._refuse_what_does_not_apply(asked[0], width, height)
         settings = self._settings(steps, sampler, schedule, how, asked[0], width, height)
         settings |= {"edit": original.stored()}
-        settings |= self._savings(fast, settings, sampler)
+        settings |= self._savings(fast, settings, sampler, how)
         return self._all(asked, names, seed, settings, sampler, on_step, on_plan, original=original)
 
     def _all(
@@ -494,22 +495,25 @@ class Model:
             settings["backend"] = self.backend
         if guidance.rescale:
             settings["guidance_rescale"] = guidance.rescale
-        if guidance.interval is not None:
-            settings["guidance_interval"] = list(guidance.interval)
+        interval = guidance.interval if guidance.interval is not None else defaults.guidance_interval
+        if interval is not None and scale != 1:
+            settings["guidance_interval"] = list(interval)
         return settings
 
     def _savings(
-        self, fast: int | FastSettings | None, settings: Mapping[str, Any], sampler: Any
+        self, fast: int | FastSettings | None, settings: dict[str, Any], sampler: Any, guidance: Guidance
     ) -> dict[str, Any]:
-        """The setting `fast`, checked against the others; what of a level does nothing here is left out and told."""
+        """The setting `fast`, checked against the others; what of a level does nothing here is left out and told, and
+        an interval that is asked for among the savings takes the place of the model's own."""
         if fast is None:
             return {}
         wanted = fast if isinstance(fast, FastSettings) else level(fast)
-        interval = settings.get("guidance_interval")
-        if interval is not None:
+        if wanted.interval is not None and "guidance_interval" in settings:
             if isinstance(fast, FastSettings):
-                guided_less(Guidance(interval=tuple(interval)), wanted)
-            wanted = replace(wanted, interval=None)
+                guided_less(guidance, wanted)
+                del settings["guidance_interval"]
+            else:
+                wanted = replace(wanted, interval=None)
         chosen = settings["sampler"] if sampler is None else sampler
         method, levels = planned(self.system, chosen, settings["schedule"], settings["steps"])
         if "edit" in settings:

@@ -346,6 +346,24 @@ def test_the_interval_by_hand_wins_over_the_levels() -> None:
         model().generate("a heart", steps=6, fast=EVERYTHING, guidance_interval=(0.1, 2.0))
 
 
+def test_the_models_own_interval_and_the_savings() -> None:
+    """Before a level's, it counts; after one that was asked for by itself, it does not."""
+    own = latent().config.model_copy(
+        update={"sampling": latent().config.sampling.model_copy(update={"guidance_interval": (0.1, 2.0)})}
+    )
+    drawing = Model(
+        Opened(Latent.load(own, latent().tensors(), what="tiny"), Path("own.safetensors"), "0" * 64), "own",
+        device="cpu", dtype="float32",
+    )  # fmt: skip
+    by_level = drawing.generate("a heart", seed=1, steps=6, fast=2)[0]
+    assert by_level.info["sfumato"]["guidance_interval"] == [0.1, 2.0]
+    assert "interval" not in by_level.info["sfumato"]["fast"]
+    by_hand = drawing.generate("a heart", seed=1, steps=6, fast=EVERYTHING)[0]
+    assert "guidance_interval" not in by_hand.info["sfumato"]
+    assert by_hand.info["sfumato"]["fast"]["interval"] == [0.3, 5.0]
+    assert by_hand.tobytes() == model().generate("a heart", seed=1, steps=6, fast=EVERYTHING)[0].tobytes()
+
+
 def test_what_of_a_level_does_nothing_is_told(caplog: pytest.LogCaptureFixture) -> None:
     picture = model().generate("a heart", seed=1, steps=6, guidance=1.0, fast=2)[0]
     assert "interval does nothing here: guidance is off" in caplog.text

@@ -211,12 +211,16 @@ def change(path: Path, **values: Any) -> None:
 
 
 def test_an_exchanged_scheduler_has_the_last_word(tmp_path: Path) -> None:
-    save_folder(latent(conditions={"label": LABELS}), tmp_path / "model")
+    first = latent(conditions={"label": LABELS})
+    sampling = first.config.sampling.model_copy(update={"guidance_interval": (0.3, 100.0)})
+    first.config = first.config.model_copy(update={"sampling": sampling})
+    save_folder(first, tmp_path / "model")
     scheduler = tmp_path / "model/scheduler/scheduler_config.json"
     change(scheduler, _class_name="EulerDiscreteScheduler", timestep_spacing="linspace", use_karras_sigmas=True)
     config = open_as(Latent, tmp_path / "model").config
     assert (config.sampling.sampler, config.sampling.schedule) == ("euler", "karras")
     assert (config.sampling.steps, config.sampling.guidance) == (3, 2.0)  # which no scheduler tells
+    assert config.sampling.guidance_interval == (0.3, 100.0)
     assert config.schedule.name == "cosine" and config.prediction.parameterization == "v"
     assert config.labels == ("cat", "dog") and config.objective == {"weighting": "min_snr"}
 

@@ -17,7 +17,9 @@ from sfumato.conditioners.words import WordVocabulary, minilm_installed
 from sfumato.errors import UserError
 from sfumato.images import read_settings, save_picture
 from sfumato.replay import replay
+from sfumato.systems.asked import Asked
 from sfumato.systems.latent import Latent, LatentConfig
+from sfumato.tasks.draw import Guidance, draw
 
 from .. import tiny
 from ..training.codec_cases import CODEC, CROSS, JOINT, PLAIN
@@ -143,6 +145,23 @@ def test_settings_are_stored_and_give_the_same_bytes(tmp_path: Path, file: Path,
     assert (tmp_path / "b.png").read_bytes() == (tmp_path / "a.png").read_bytes()
 
 
+def test_a_models_own_interval_of_guidance(tmp_path: Path, model: api.Model) -> None:
+    """It acts unless another is given, is stored as if it had been given, and is off where guidance is."""
+    sampling = {"sampler": "ddim", "steps": 3, "guidance": 3.0, "guidance_interval": [0.1, 2.0], "threshold": "none"}
+    own = sfumato.load(write_latent(tmp_path / "own.safetensors", joint(), sampling=sampling), device="cpu")
+    (drawn,) = own.generate("red heart", seed=1)
+    (given,) = model.generate("red heart", seed=1, guidance_interval=(0.1, 2.0))
+    assert drawn.tobytes() == given.tobytes() and told(drawn)["guidance_interval"] == [0.1, 2.0]
+    everywhere = own.generate("red heart", seed=1, guidance_interval=(0, 1e6))[0]
+    assert everywhere.tobytes() == model.generate("red heart", seed=1)[0].tobytes() != drawn.tobytes()
+    assert "guidance_interval" not in told(own.generate("red heart", seed=1, guidance=1)[0])
+    asked = {"seeds": [1], "asked": [Asked("red heart")]}
+    by_itself, by_hand = draw(own.system, **asked), draw(own.system, **asked, guidance=Guidance(3.0, interval=(0.1, 2)))
+    assert torch.equal(by_itself, by_hand)
+    save_picture(drawn, tmp_path / "a.png")
+    assert replay(tmp_path / "a.png", model=tmp_path / "own.safetensors").picture.tobytes() == drawn.tobytes()
+
+
 def test_what_is_off_is_not_stored(model: api.Model) -> None:
     settings = told(model.generate("red heart", seed=1)[0])
     assert not {"guidance_rescale", "guidance_interval", "negative", "label"} & settings.keys()
@@ -173,7 +192,7 @@ def test_half_precision(file: Path, model: api.Model) -> None:
         ({"prompt": "red", "guidance_rescale": 1.5}, r"must lie in \[0, 1\], got 1.5"),
         ({"prompt": "red", "guidance_rescale": 0.5, "guidance": 1}, "the rescaling of guidance does nothing where"),
         ({"guidance_interval": (0.1, 1.0)}, "the interval of guidance does nothing where"),
-        ({"prompt": "red", "guidance_interval": (2.0, 1.0)}, "finite, rising noise-to-signal ratios, got 2.0, 1.0"),
+        ({"prompt": "red", "guidance_interval": (2.0, 1.0)}, "finite, rising noise-to-signal ratios, got 2, 1"),
         ({"prompt": "red", "guidance_interval": (0.0, float("inf"))}, "finite, rising"),
         ({"prompt": "red", "guidance_interval": (float("nan"), 1.0)}, "finite, rising"),
         ({"guidance": 3.0}, "needs a --label or a prompt"),

@@ -49,7 +49,8 @@ Rescale = Annotated[
     float, typer.Option(parser=number(0), metavar="PHI", help="Pull the spread of guided outputs back, 0 to 1.")
 ]
 Interval = Annotated[
-    str | None, typer.Option(metavar="LOW,HIGH", help="Noise-to-signal ratios between which guidance acts.")
+    str | None,
+    typer.Option(metavar="LOW,HIGH", help="Noise-to-signal ratios between which guidance acts. [the model's own]"),
 ]
 Negative = Annotated[str | None, typer.Option(help="What not to draw, for models that read text.")]
 Label = Annotated[

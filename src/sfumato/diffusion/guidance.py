@@ -13,6 +13,7 @@ Diffusion's, `null + scale * (conditional - null)`: 1 switches guidance off and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -91,6 +92,15 @@ def classifier_free(
         return denoiser.read(out, x_t, level, with_.var_frac)
 
     return denoise
+
+
+def check_interval(interval: tuple[float, float] | None) -> None:
+    """Refuse, with a `UserError`, what is not an interval of noise-to-signal ratios; None is all of them."""
+    if interval is not None and not 0 <= interval[0] < interval[1] < math.inf:
+        raise UserError(
+            "the interval of guidance must be two finite, rising noise-to-signal ratios, got "
+            f"{interval[0]:g}, {interval[1]:g}"
+        )
 
 
 class _Difference:

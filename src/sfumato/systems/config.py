@@ -19,6 +19,7 @@ from torch import nn
 from sfumato.diffusion import grid as grids
 from sfumato.diffusion import schedule as schedules
 from sfumato.diffusion.denoiser import Denoiser, Preconditioning, preconditioning
+from sfumato.diffusion.guidance import check_interval
 from sfumato.diffusion.parameterization import Parameterization, parameterization
 from sfumato.diffusion.solvers import Solver, find
 from sfumato.errors import UserError, nearest
@@ -252,6 +253,7 @@ class SamplingConfig(Strict):
         grid: that spacing in full, where its name alone does not say it; another spacing does without.
         steps: how many.
         guidance: classifier-free guidance; 1 is off.
+        guidance_interval: noise-to-signal ratios (low, high) within which it acts; None for all.
         start: what sampling begins with: marginal, noise of the first level's whole spread, `sqrt(alpha² + sigma²)`;
             or sigma, of its noise alone.
         threshold: what keeps x0 in range: static (clip), dynamic, or none (latents).
@@ -266,6 +268,7 @@ class SamplingConfig(Strict):
     grid: GridConfig | None = None
     steps: int = Field(default=50, ge=1)
     guidance: float = Field(default=1.0, ge=0)
+    guidance_interval: tuple[float, float] | None = None
     start: Literal["marginal", "sigma"] = "marginal"
     threshold: Literal["static", "dynamic", "none"] = "static"
     limit: float = Field(default=1.0, gt=0)
@@ -283,6 +286,12 @@ class SamplingConfig(Strict):
     def _known_schedule(cls, name: str) -> str:
         grids.canonical(name)
         return name
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _rising(cls, interval: tuple[float, float] | None) -> tuple[float, float] | None:
+        check_interval(interval)
+        return interval
 
     @model_validator(mode="after")
     def _options_fit(self) -> SamplingConfig:

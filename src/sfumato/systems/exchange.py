@@ -453,7 +453,7 @@ def _as_told(config: ConfigT, scheduler: Mapping[str, Any]) -> ConfigT:
     found = from_diffusers(scheduler)
     if any(from_diffusers(_scheduler(config, classes)[0]) == found for classes in (None, _FAITHFUL)):
         return config
-    kept = {"steps": config.sampling.steps, "guidance": config.sampling.guidance}
+    kept = {name: getattr(config.sampling, name) for name in ("steps", "guidance", "guidance_interval")}
     learned = {"learned_variance": config.prediction.learned_variance}
     changed: dict[str, ScheduleConfig | PredictionConfig | SamplingConfig] = {
         "schedule": found.schedule,

@@ -26,7 +26,14 @@ from sfumato.backends.winograd import holding
 from sfumato.conditioners.layout import Coordinates
 from sfumato.conditioners.shown import LowResolution, Masked, Shown
 from sfumato.diffusion import grid as grids
-from sfumato.diffusion.guidance import DenoiseFn, classifier_free, clip_x0, dynamic_threshold, unguided
+from sfumato.diffusion.guidance import (
+    DenoiseFn,
+    check_interval,
+    classifier_free,
+    clip_x0,
+    dynamic_threshold,
+    unguided,
+)
 from sfumato.diffusion.hooks import Hook, keep
 from sfumato.diffusion.level import NoiseLevel, expand
 from sfumato.diffusion.names import fold
@@ -272,7 +279,8 @@ class Guidance:
     Attributes:
         scale: of classifier-free guidance; 1 is off, None the model's own where something is asked.
         rescale: phi in [0, 1], how far the spread of the guided output is pulled back (Lin 2023).
-        interval: noise-to-signal ratios (low, high) within which it acts (Kynkaanniemi 2024); None for all.
+        interval: noise-to-signal ratios (low, high) within which it acts (Kynkaanniemi 2024); None for the model's own,
+            which mostly is all.
         every: it is reckoned anew in every so-many-th evaluation within, and kept between.
     """
 
@@ -286,11 +294,7 @@ class Guidance:
             raise UserError(f"guidance must be a finite number of at least 0, got {self.scale}")
         if not 0 <= self.rescale <= 1:
             raise UserError(f"the rescaling of guidance must lie in [0, 1], got {self.rescale}")
-        if self.interval is not None and not 0 <= self.interval[0] < self.interval[1] < math.inf:
-            low, high = self.interval
-            raise UserError(
-                f"the interval of guidance must be two finite, rising noise-to-signal ratios, got {low}, {high}"
-            )
+        check_interval(self.interval)
 
 
 def guided_less(guidance: Guidance | float | None, fast: FastSettings | None) -> Guidance:
@@ -324,9 +328,10 @@ def guided(
     texts = model.networks().get("conditioner")
     condition, null = guard.texts(lambda: model.conditions(asked, shown), texts, LOG.warning)
     denoise = unguided(model.denoiser, condition)
+    interval = how.interval if how.interval is not None else model.config.sampling.guidance_interval
     if scale != 1:
         denoise = classifier_free(
-            model.denoiser, condition, null, scale, rescale=how.rescale, interval=how.interval, every=how.every
+            model.denoiser, condition, null, scale, rescale=how.rescale, interval=interval, every=how.every
         )
     denoise = guard.guarded(denoise, [model.denoiser.network], LOG.warning)
     range_ = model.config.sampling
