@@ -13,6 +13,7 @@ from PIL import Image
 
 import sfumato
 from sfumato import models
+from sfumato.checkpoints.io import file_sha256
 from sfumato.images import read_settings
 
 MODEL = "cat-dog.safetensors"
@@ -36,6 +37,12 @@ def test_folder_takes_one_file_per_seed(place: Path, succeed: Callable) -> None:
 def test_default_folder_is_the_current_one(place: Path, succeed: Callable) -> None:
     succeed("generate", "--model", MODEL, "--seed", 5, "--steps", 1)
     assert (place / "5.png").is_file()
+
+
+@needs_box
+def test_a_model_of_the_box_is_told_by_its_name(succeed: Callable) -> None:
+    told = succeed("info", models.BEST, "--json").json
+    assert told["sha256"] == file_sha256(models.weights(models.BEST)) and told["size"] == 64
 
 
 def test_every_setting_is_in_the_picture(place: Path, succeed: Callable) -> None:

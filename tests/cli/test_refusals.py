@@ -107,6 +107,7 @@ CASES: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "config key": (("generate", "--model", "typo.safetensors"), ("unknown key 'sise' (did you mean 'size'?)",)),
     "config value": (("generate", "--model", "odd.safetensors"), ("odd.safetensors: network: ",)),
     "info of nothing": (("info", "away"), ("there is nothing at away",)),
+    "info of a name": (("info", "emojy"), ("there is nothing at emojy (did you mean 'emoji'?)",)),
     "info of no picture": (("info", "taken.png"), ("'taken.png' is not a PNG, JPEG or WebP picture",)),
     "info of a plain picture": (("info", "pictures/cat/00.png"), ("carries no settings",)),
     "unknown card": (("models", "show", "nothing"), ("unknown model 'nothing'",)),

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sfumato.backends import compiled
 from sfumato.checkpoints.io import read_model
 from sfumato.diffusion.level import NoiseLevel
 from sfumato.diffusion.objective import Loss
@@ -524,6 +525,60 @@ def test_bf16_trains(tmp_path: Path, data: Path) -> None:
     assert {p.dtype for p in trainer.task.network.parameters()} == {torch.float32}
     assert all(torch.isfinite(t).all() for t in everything(trainer).values())
     assert not torch.equal(everything(trainer)["weights conv_in.weight"], before["weights conv_in.weight"])
+
+
+# --- torch's compiler
+
+
+def test_what_learns_is_compiled_and_the_rest_is_not(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps go through the compiled call, validation and samples do not, and the same comes out."""
+    calls: list[bool] = []
+
+    def stand_in(function: Any, **options: Any) -> Any:
+        def called(*args: Any, **slots: Any) -> Any:
+            calls.append(torch.is_grad_enabled())
+            return function(*args, **slots)
+
+        return called
+
+    often = {"steps": 3, "validate_every": 3, "sample_every": 3}
+    plain = trainer_for(recipe_from(settings(data, **often)), tmp_path / "plain")
+    plain.train()
+    monkeypatch.setattr(compiled, "refused", lambda device: None)
+    monkeypatch.setattr(torch, "compile", stand_in)
+    other = trainer_for(recipe_from(settings(data, **often, compile=True)), tmp_path / "compiled")
+    other.train()
+    assert calls == [True] * 3
+    assert_equal(everything(other), everything(plain))
+
+
+def test_what_cannot_be_compiled_is_refused(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="train.compile is for networks that denoise"):
+        line_trainer(data, tmp_path / "line", compile=True)
+    monkeypatch.setattr(compiled, "refused", lambda device: "no g++")
+    with pytest.raises(UserError, match=r"train.compile cannot be used here: .*\(no g\+\+\)"):
+        trainer_for(recipe_from(settings(data, compile=True)), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_compiled_run_trains_alike_and_resumes_exactly(tmp_path: Path, data: Path) -> None:
+    if (reason := compiled.refused(CPU)) is not None:
+        pytest.skip(reason)
+    plain = trainer_for(recipe_from(settings(data, steps=4)), tmp_path / "plain")
+    plain.train()
+    recipe = recipe_from(settings(data, steps=4, compile=True))
+    straight = trainer_for(recipe, tmp_path / "straight")
+    straight.train()
+    losses = [[line["loss"] for line in lines(tmp_path / run)] for run in ("plain", "straight")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    first = trainer_for(recipe_from(settings(data, steps=4, save_every=2, compile=True)), tmp_path / "halves")
+    stop_after(first, 2)
+    first.train()
+    second = resumed(recipe, tmp_path / "halves")
+    second.train()
+    assert_equal(everything(second), everything(straight))
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("float32", torch.float32), ("float16", torch.float16)])

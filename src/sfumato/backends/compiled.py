@@ -24,6 +24,9 @@ def engine(device: torch.device, dtype: torch.dtype) -> Engine:
     return _forward
 
 
+_TEXTS = ("context", "context_mask")  # slots of a network, (B, L, …)
+
+
 @cache
 def refused(device: torch.device) -> str | None:
     """Why nothing can be compiled for a device, tried once on a sum; None where it can."""
@@ -32,6 +35,33 @@ def refused(device: torch.device) -> str | None:
     except Exception as error:  # of many kinds: none is found, it fails, the platform is not supported
         return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     return None
+
+
+def engage_in_training(module: nn.Module) -> None:
+    """Let the compiler compute a module's calls while it is trained.
+
+    Calls without gradients stay with torch: they are few, and would be compiled for themselves. Of all shapes only the
+    lengths of texts are left open, from the first call on: what a step computes must not depend on the shapes of those
+    before it, or a resumed run would not be the same.
+
+    Raises:
+        UserError: where nothing can be compiled.
+    """
+    reason = refused(next(module.parameters()).device)
+    if reason is not None:
+        raise UserError(f"train.compile cannot be used here: torch.compile found no working compiler ({reason})")
+    own = own_forward(module)
+    compiled: Any = torch.compile(own, dynamic=False)
+
+    def forward(*args: Any, **slots: Any) -> Any:
+        if not (module.training and torch.is_grad_enabled()):
+            return own(*args, **slots)
+        for name in _TEXTS:
+            if slots.get(name) is not None:
+                torch._dynamo.maybe_mark_dynamic(slots[name], 1)
+        return compiled(*args, **slots)
+
+    vars(module)["forward"] = forward
 
 
 def _forward(module: nn.Module, unit: int) -> Forward:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from sfumato.cli.drawing import AllowPickle
-from sfumato.errors import UserError
+from sfumato.errors import UserError, nearest
 
 models_app = typer.Typer(
     help="The models in the box.", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
@@ -46,13 +46,17 @@ def show_model(name: Annotated[str, typer.Argument(help="A name from `sfumato mo
 
 
 def info(
-    file: Annotated[Path, typer.Argument(help="A model, a run or a picture.")],
+    file: Annotated[Path, typer.Argument(help="A model (a name or a file), a run or a picture.")],
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     allow_pickle: AllowPickle = False,
 ) -> None:
     """Tell what a model, a run or a picture is."""
-    if not file.exists():
-        raise UserError(f"there is nothing at {file}")
+    from sfumato import models
+
+    if str(file) in models.names():
+        file = models.weights(str(file))
+    elif not file.exists():
+        raise UserError(f"there is nothing at {file}{nearest(str(file), models.names())}")
     known = _of_picture(file) if file.suffix.lower() in _PICTURES else _of_model(file, allow_pickle)
     if as_json:
         print(json.dumps(known, indent=1, ensure_ascii=False))

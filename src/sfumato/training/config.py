@@ -59,6 +59,8 @@ class TrainConfig(Strict):
         validation_pictures: at most so many are measured.
         channels_last: memory layout of the network, faster on CPUs and GPUs alike.
         gradient_checkpointing: less memory, about a third slower.
+        compile: hand the network to torch's compiler, which takes minutes once and then makes steps faster; on a CPU it
+            needs a C++ compiler. For networks that denoise.
         export: type of the finished model's weights.
     """
 
@@ -77,6 +79,7 @@ class TrainConfig(Strict):
     validation_pictures: int = Field(default=1024, ge=1)
     channels_last: bool = True
     gradient_checkpointing: bool = False
+    compile: bool = False
     export: Literal["float32", "bfloat16", "float16"] = "float32"
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EMAConfig = EMAConfig()

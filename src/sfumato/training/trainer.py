@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sfumato.backends.compiled import engage_in_training
 from sfumato.backends.devices import default_device
 from sfumato.backends.timing import peak_memory
 from sfumato.checkpoints.io import load_strictly, replacing, write_model
@@ -58,7 +59,8 @@ class Task(Protocol):
     A task whose losses are drawn by importance also has `history`, a `LossHistory`: the trainer records the losses of
     each step of all processes in it, and keeps it in the checkpoints. One that trains a second network against the
     first has `adversary`, an `Adversary`. One that must remember more than weights has `memory`, tensors by name, which
-    it changes in place: they travel in the checkpoints.
+    it changes in place: they travel in the checkpoints. One whose work is a network that torch's compiler can take has
+    `denoises`, that network.
     """
 
     network: nn.Module
@@ -235,6 +237,8 @@ class Trainer:
         self.device = self.accelerator.device if self.accelerator else device or default_device()
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         task.network.to(self.device).to(memory_format=layout)  # type: ignore[call-overload]
+        if config.compile:
+            self._compile()
         self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.step, self.bad_steps, self.stop_asked = 0, 0, False
@@ -253,6 +257,13 @@ class Trainer:
         wrapped: nn.Module = self.accelerator.prepare(network)
         self._wrapped = wrapped
         return wrapped
+
+    def _compile(self) -> None:
+        """Hand the network that denoises to the compiler."""
+        network: nn.Module | None = getattr(self.task, "denoises", None)
+        if network is None:
+            raise UserError("train.compile is for networks that denoise; leave it out for this recipe")
+        engage_in_training(network)
 
     def _optimizer(self) -> torch.optim.AdamW:
         return adamw(self.task.network, self.config.optimizer)

@@ -87,6 +87,7 @@ class DDPMTask:
         self.objective.check(self.model.denoiser)
         self.history = self.objective.history(self.model.denoiser.schedule)
         self.network: nn.Module = self.model.denoiser.network
+        self.denoises = self.network
         init_zero_outputs(self.model.denoiser.network)
         if recipe.train.gradient_checkpointing:
             cast(UNet2DModel, self.network).enable_gradient_checkpointing()

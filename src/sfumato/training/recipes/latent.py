@@ -140,7 +140,7 @@ class LatentTask:
         self.model.codec = stage.codec
         self.objective.check(self.model.denoiser)
         self.history = self.objective.history(self.model.denoiser.schedule)
-        unet = self.model.denoiser.network
+        unet = self.denoises = self.model.denoiser.network
         init_zero_outputs(unet)
         if recipe.train.gradient_checkpointing:
             unet.enable_gradient_checkpointing()  # type: ignore[operator]
