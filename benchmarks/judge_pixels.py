@@ -23,6 +23,7 @@ import sfumato
 from sfumato.evaluation.features import efficientnet_lite2, extract
 from sfumato.evaluation.kid import kid, nearest_neighbours
 from sfumato.images import from_pil, sheet, to_pil
+from sfumato.systems.asked import Asked
 from sfumato.tasks.draw import draw
 from sfumato.training.data import DataConfig, PictureSet, check_all, open_data
 
@@ -39,12 +40,12 @@ def new_pictures(
     """`count` new pictures with seeds 0 …, labels drawn in the training set's shares; uint8."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(len(data), (count,), generator=generator).tolist()
-    labels = [data.label_of(row) for row in rows] if model.labels else None
+    asked = [Asked(label=model.labels[data.label_of(row) or 0]) for row in rows] if model.labels else None
     drawn = []
     for start in range(0, count, 50):
         seeds = range(start, min(start + 50, count))
-        mine = labels[start : start + 50] if labels else None
-        x = draw(model.system, seeds=seeds, labels=mine, guidance=guidance, steps=steps)
+        mine = asked[start : start + 50] if asked else None
+        x = draw(model.system, seeds=seeds, asked=mine, guidance=guidance, steps=steps)
         drawn.append(((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
     return torch.cat(drawn)
 

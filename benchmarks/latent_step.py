@@ -1,6 +1,6 @@
 """Time of a latent training step against a plain diffusers loop: same network, weights, cached latents and text states.
 
-    python benchmarks/latent_step.py [--rounds 10] [--threads N] [--profile] [--out latent_step.json]
+    python benchmarks/latent_step.py [--rounds 10] [--threads N] [--compile] [--profile] [--out latent_step.json]
 
 The network and the objective are those of the recipe `emoji`; the pictures, their captions and the first stage are
 made up, so that nothing needs to be at hand but diffusers and the package of the text encoder. Ours is the trainer's
@@ -8,6 +8,7 @@ own step, whole: latents and states gathered into a batch, captions dropped, los
 The peer is what diffusers' training scripts do (`UNet2DConditionModel`, `DDPMScheduler.add_noise`, min-SNR weights,
 clipping, `torch.optim.AdamW`, `EMAModel`); its batches, with the same padded contexts and masks, are gathered before
 the clock runs. It takes part twice: in float32 with the usual memory layout, and channels-last under bfloat16 autocast.
+`--compile` adds a fourth side, ours with `train.compile`, and some minutes for the compiler.
 All take turns in one process, and who begins moves on every round. Prints seconds and ratios, of the clock on the wall
 and of processor time, which on one thread other work on the machine disturbs less.
 """
@@ -23,7 +24,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from sfumato.training.trainer import Tally, Trainer
 
 RECIPE, PICTURES, SIZE = "emoji", 256, 64
 OURS, PLAIN, BEST = "ours, as the recipe says", "diffusers, float32", "diffusers, bfloat16 channels-last"
+COMPILED = "ours, with train.compile"
 BARS = {PLAIN: 1.5, BEST: 1.1}
 WORDS = ("red heart", "cat face with tears of joy", "sun behind small cloud", "fish", "open book", "sailboat at sea")
 STYLES = ("noto", "fluent 3d", "fluent flat")
@@ -93,11 +95,12 @@ def write_codec(path: Path) -> None:
     write_model(path, stage.tensors(), stage.config.model_dump(mode="json"))
 
 
-def our_trainer(folder: Path) -> Trainer:
+def our_trainer(folder: Path, *settings: str) -> Trainer:
     """The trainer of the recipe, on made-up pictures."""
-    write_pictures(folder / "pictures")
-    write_codec(folder / "codec.safetensors")
-    recipe = recipes.load(RECIPE, [], str(folder / "pictures"), str(folder / "codec.safetensors"))
+    if not (folder / "pictures").exists():
+        write_pictures(folder / "pictures")
+        write_codec(folder / "codec.safetensors")
+    recipe = recipes.load(RECIPE, list(settings), str(folder / "pictures"), str(folder / "codec.safetensors"))
     assert isinstance(recipe, LatentRecipe)
     return Trainer(recipe.task(*open_data(recipe.data)), recipe.train, folder / "run", torch.device("cpu"))
 
@@ -122,17 +125,16 @@ def void(_: object) -> None:
 
 def batches(trainer: Trainer, count: int) -> list[Given]:
     """Batches of the same cached latents and states, padded as ours are."""
-    task, found, size = trainer.task, [], trainer.config.batch
+    task, found, stream = trainer.task, [], trainer._batches()
     assert isinstance(task, LatentTask)
     conditioner, cache = task._conditioner, task._latents[id(task.data)]
     assert conditioner is not None
     for number in range(count):
-        generator = torch.Generator().manual_seed(number)
-        indices = torch.randperm(len(task.data), generator=generator)[:size]
-        told = task._entries(task.data, indices.tolist(), generator, training=True)
+        generator, batch = torch.Generator().manual_seed(number), stream.batch(number)
+        told = task._entries(task.data, batch, generator, True, trainer.device)
         condition = conditioner.encode(told)
         assert condition.context is not None and condition.context_mask is not None
-        found.append(Given(cache.rows(indices).sample(generator), condition.context, condition.context_mask))
+        found.append(Given(cache.rows(batch.indices).sample(generator), condition.context, condition.context_mask))
     return found
 
 
@@ -234,6 +236,9 @@ def report(clock: str, seconds: dict[str, list[float]]) -> dict[str, list[float]
         ratios[name] = [a / b for a, b in zip(seconds[name], seconds[OURS], strict=True)]
         middle, low, high = statistics.median(ratios[name]), min(ratios[name]), max(ratios[name])
         print(f"  {middle:.2f} x as fast as {name} ({low:.2f} … {high:.2f} of {len(ratios[name])}; wanted {bar})")
+    if COMPILED in seconds:
+        ratios[COMPILED] = [b / a for a, b in zip(seconds[COMPILED], seconds[OURS], strict=True)]
+        print(f"  {statistics.median(ratios[COMPILED]):.2f} x as fast with train.compile")
     return ratios
 
 
@@ -241,6 +246,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, help="of torch; its own choice if left out")
+    parser.add_argument("--compile", action="store_true", help="measure ours with train.compile too")
     parser.add_argument("--profile", action="store_true", help="show where our step spends its time instead")
     parser.add_argument("--out", type=Path, help="where to write everything as JSON")
     chosen = parser.parse_args()
@@ -259,7 +265,12 @@ def main() -> None:
                 return
             given = batches(trainer, 16)
             peers = {name: their_step(trainer, given, best=name == BEST) for name in (PLAIN, BEST)}
-            seconds = measure({OURS: step} | peers, chosen.rounds)
+            with ExitStack() as stack:
+                sides = {OURS: step}
+                if chosen.compile:
+                    other = our_trainer(Path(folder), "train.compile=true")
+                    sides[COMPILED] = stack.enter_context(our_step(other))
+                seconds = measure(sides | peers, chosen.rounds)
     ratios = {clock: report(clock, found) for clock, found in seconds.items()}
     if chosen.out:
         chosen.out.write_text(json.dumps({"about": about, "seconds": seconds, "ratios": ratios}, indent=1) + "\n")

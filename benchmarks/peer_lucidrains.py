@@ -28,8 +28,9 @@ def load(folder: Path) -> tuple[Any, Any]:
         sys.modules[name] = MagicMock(spec=ModuleType(name), __spec__=None, __path__=[])
         for needed in ("transforms", "utils", "EMA", "fid_score", "inception"):
             setattr(sys.modules[name], needed, MagicMock())
-    sys.modules["pytorch_fid.fid_score"].calculate_frechet_distance = MagicMock()
-    sys.modules["pytorch_fid.inception"].InceptionV3 = MagicMock()
+    stand_ins: dict[str, Any] = {**sys.modules}
+    stand_ins["pytorch_fid.fid_score"].calculate_frechet_distance = MagicMock()
+    stand_ins["pytorch_fid.inception"].InceptionV3 = MagicMock()
     sys.path.insert(0, str(folder))
     from denoising_diffusion_pytorch.denoising_diffusion_pytorch import GaussianDiffusion, Unet
 

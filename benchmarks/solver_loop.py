@@ -65,7 +65,7 @@ def theirs(name: str, x: Tensor, out: Tensor, steps: int) -> tuple[Callable[[], 
     scheduler = getattr(diffusers, name)(**options, timestep_spacing="trailing")
 
     def loop() -> Tensor:
-        state = x * scheduler.init_noise_sigma
+        state: Tensor = x * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
             scheduler.scale_model_input(state, t)
             state = scheduler.step(out, t, state, return_dict=False)[0]

@@ -67,6 +67,11 @@ def ours(model: api.Model, one: dict[str, Tensor]) -> Side:
     return step, lambda: model.system.pictures(one["x"])
 
 
+def _calls(unet: Any, vae: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """diffusers' network and decoder as functions of tensors."""
+    return lambda x, t, c: unet(x, t, c, return_dict=False)[0], lambda z: vae.decode(z, return_dict=False)[0]
+
+
 def theirs(model: api.Model, dtype: torch.dtype, *, channels_last: bool = False) -> tuple[Any, Any]:
     """diffusers' networks with our weights."""
     diffusers = importlib.import_module("diffusers")
@@ -160,8 +165,7 @@ def sides(names: list[str], size: int) -> dict[str, Side]:
     for name, dtype in ((BEST, torch.bfloat16), (HALF, torch.bfloat16), (DEFAULT, torch.float32)):
         if name in names:
             unet, vae = theirs(model, dtype, channels_last=name == BEST)
-            found[name] = driven(lambda x, t, c, u=unet: u(x, t, c, return_dict=False)[0],
-                                 lambda z, v=vae: v.decode(z, return_dict=False)[0], one, dtype)  # fmt: skip
+            found[name] = driven(*_calls(unet, vae), one, dtype)
     if FOREIGN in names:
         found[FOREIGN] = converted(*theirs(model, torch.float32), one)
     return found

@@ -72,11 +72,13 @@ def prepare(folder: Path) -> dict[str, Path]:
     """The model in both layouts, written where it is not there yet."""
     from sfumato import api
     from sfumato.systems.exchange import save_folder
+    from sfumato.systems.latent import Latent
     from sfumato.systems.stable_diffusion import write_single_file
 
     paths = {"folder": folder / "sd", "file": folder / "sd.safetensors"}
     if not all(path.exists() for path in paths.values()):
         model = api.random_model("sd1", dtype="float16")
+        assert isinstance(model.system, Latent)
         save_folder(model.system, paths["folder"])
         write_single_file(model.system, paths["file"])
     return paths

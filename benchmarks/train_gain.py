@@ -90,9 +90,9 @@ def latent_step() -> Step:
     report = Reporter(folder, train.steps, 0, speaks=False)
 
     def step() -> float:
-        before = tally.loss
+        before = float(tally.loss)
         trainer._one_step(stream, tally, report)
-        return (tally.loss - before) / size
+        return (float(tally.loss) - before) / float(size)
 
     return step
 
@@ -179,8 +179,8 @@ def compare(name: str, trees: dict[str, Path], rounds: int) -> dict[str, Any]:
             for side in (NOW, EARLIER) if turn % 2 else (EARLIER, NOW):
                 found[side].append(sides[side].step())
     finally:
-        for side in sides.values():
-            side.close()
+        for one in sides.values():
+            one.close()
     for clock, column in (("processor", 1), ("wall", 2)):
         seconds = {side: [one[column] for one in steps[2:]] for side, steps in found.items()}
         pairs = sorted(a / b for a, b in zip(seconds[EARLIER], seconds[NOW], strict=True))
