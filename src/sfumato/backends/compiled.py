@@ -18,9 +18,7 @@ from sfumato.errors import UserError
 
 def engine(device: torch.device, dtype: torch.dtype) -> Engine:
     """The engine for networks there. Raises `UserError` where nothing can be compiled."""
-    reason = refused(device)
-    if reason is not None:
-        raise UserError(f"backend compile cannot be used here: torch.compile found no working compiler ({reason})")
+    _check(device, "backend compile")
     return _forward
 
 
@@ -37,6 +35,12 @@ def refused(device: torch.device) -> str | None:
     return None
 
 
+def _check(device: torch.device, what: str) -> None:
+    """Refuse, with a `UserError`, what needs a compiler where there is none."""
+    if (reason := refused(device)) is not None:
+        raise UserError(f"{what} cannot be used here: torch.compile found no working compiler ({reason})")
+
+
 def engage_in_training(module: nn.Module) -> None:
     """Let the compiler compute a module's calls while it is trained.
 
@@ -47,9 +51,7 @@ def engage_in_training(module: nn.Module) -> None:
     Raises:
         UserError: where nothing can be compiled.
     """
-    reason = refused(next(module.parameters()).device)
-    if reason is not None:
-        raise UserError(f"train.compile cannot be used here: torch.compile found no working compiler ({reason})")
+    _check(next(module.parameters()).device, "train.compile")
     own = own_forward(module)
     compiled: Any = torch.compile(own, dynamic=False)
 
