@@ -108,6 +108,27 @@ def test_lazily(tmp_path: Path) -> None:
         lazily["a"]
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_what_is_read_ahead_is_what_is_asked_for(tmp_path: Path, dtype: torch.dtype | None) -> None:
+    numbered = {f"t{i}": torch.full((i % 3, 2), float(i)) for i in range(40)}
+    write_tensors(tmp_path / "m", numbered, {})
+    file = TensorFile.open(tmp_path / "m")
+    lazily = Lazily({name[1:]: (file, name) for name in reversed(numbered)}, dtype)
+    found = list(lazily.items())
+    assert [name for name, _ in found] == [name[1:] for name in reversed(numbered)] and len(lazily.items()) == 40
+    assert all(torch.equal(tensor, numbered[f"t{name}"].to(tensor)) for name, tensor in found)
+    assert all(tensor.dtype == (dtype or torch.float32) for _, tensor in found)
+
+
+def test_a_file_that_is_cut_off_while_it_is_open(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "m", {name: torch.ones(1000) for name in "abcdefghijkl"}, {})
+    lazily = Lazily({name: (TensorFile.open(tmp_path / "m"), name) for name in "abcdefghijkl"}, torch.half)
+    with (tmp_path / "m").open("r+b") as file:
+        file.truncate(20_000)
+    with pytest.raises(ModelFileError, match="ends before the tensor e"):
+        dict(lazily.items())
+
+
 def test_a_number(tmp_path: Path) -> None:
     write_tensors(tmp_path / "m", {"n": torch.tensor(3), "x": torch.tensor([0.5]), "many": torch.ones(2)}, {})
     file = TensorFile.open(tmp_path / "m")

@@ -173,14 +173,14 @@ def test_what_a_type_cannot_hold_is_told(tmp_path: Path, sd1: Path) -> None:
 
 
 def test_every_tensor_is_read_once(sd1: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, counts = TensorFile.read, dict[str, int]()
+    begin, counts = TensorFile.begin, dict[str, int]()
 
-    def counted(self: TensorFile, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def counted(self: TensorFile, name: str, dtype: torch.dtype) -> Callable[[], Tensor]:
         key = f"{self.path.parent.name}/{name}"
         counts[key] = counts.get(key, 0) + 1
-        return read(self, name, dtype)
+        return begin(self, name, dtype)
 
-    monkeypatch.setattr(TensorFile, "read", counted)
+    monkeypatch.setattr(TensorFile, "begin", counted)
     model = open_system(sd1, dtype=torch.bfloat16).system
     assert len(counts) == len(model.tensors()) and set(counts.values()) == {1}
 
@@ -189,7 +189,8 @@ def test_nothing_is_read_of_a_folder_that_does_not_fit(sd1: Path, monkeypatch: p
     tensors = load_file(sd1 / TEXT)
     del tensors["text_model.final_layer_norm.bias"]
     save_file(tensors, sd1 / TEXT)
-    monkeypatch.setattr(TensorFile, "read", lambda *_: pytest.fail("a tensor was read"))
+    for how in ("read", "begin"):
+        monkeypatch.setattr(TensorFile, how, lambda *_: pytest.fail("a tensor was read"))
     with pytest.raises(ModelFileError, match="text_model.final_layer_norm.bias is missing"):
         open_system(sd1)
 

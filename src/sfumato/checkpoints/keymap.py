@@ -205,13 +205,13 @@ class KeyMap:
         """Their tensors under our names, and the names that no rule knows. Each tensor is asked for once."""
         found: dict[str, Tensor] = {}
         unmatched = []
-        for name in tensors:
+        for name, tensor in tensors.items():
             place = self._theirs.find(name)
             if place is None:
                 unmatched.append(name)
                 continue
             rule, values = self.rules[place[0]], place[2]
-            for pattern, part in zip(rule._ours, rule.via.to_ours(tensors[name]), strict=True):
+            for pattern, part in zip(rule._ours, rule.via.to_ours(tensor), strict=True):
                 ours = pattern.filled(values)
                 if ours in found:
                     raise ModelFileError(f"{name} and another tensor of the file would both be {ours}")

@@ -20,13 +20,15 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, ItemsView, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from threading import local
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -53,6 +55,7 @@ TYPES = {
 }
 """Names of types in a header."""
 _NAMES = {dtype: name for name, dtype in TYPES.items()}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -104,41 +107,47 @@ class TensorFile:
                 convolutions channels-last, as networks compute with them. Whole numbers and truth values keep their
                 type.
         """
-        stored = self.seen[name]
-        wanted = stored.dtype if dtype is None or not stored.is_floating_point() else dtype
-        try:
-            if dtype is None:
-                tensor: Tensor = self._mapped.get_tensor(name)
-                return tensor
-            return self._read_cast(name, wanted)
-        except OSError as error:
-            raise ModelFileError(f"{self.path} cannot be read: {explain_os_error(error)}") from None
+        if dtype is None:
+            mapped: Tensor = self._explained(lambda: self._mapped.get_tensor(name))
+            return mapped
+        return self.begin(name, dtype)()
 
-    def _read_cast(self, name: str, dtype: torch.dtype) -> Tensor:
-        """A tensor in a type and in the layout of networks, the same as `Tensor.to` gives, in memory of its own.
+    def begin(self, name: str, dtype: torch.dtype) -> Callable[[], Tensor]:
+        """Begin to read a tensor as `read` gives it in a type; what is returned waits for it.
 
-        Some rows at a time and several at once: what was read is still in the cache when it is cast, and no memory is
-        needed but the result's.
+        What is cast is read some rows at a time and several at once: what was read is still in the cache when it is
+        cast, and no memory is needed but the result's.
         """
         stored = self.seen[name]
-        out = torch.empty(stored.shape, dtype=dtype, memory_format=layout_of(stored))
+        wanted = dtype if stored.is_floating_point() else stored.dtype
+        out = torch.empty(stored.shape, dtype=wanted, memory_format=layout_of(stored))
         if not out.numel():
-            return out
+            return lambda: out
         table = out if out.ndim else out[None]
         width = out.numel() // len(table)
         rows = max(1, _PIECE // width)
 
         def fill(first: int) -> None:
             here = table[first : first + rows]
-            raw = _buffer(here.numel() * stored.element_size())
+            raw = _OWN.numbers(stored.dtype, here.numel())
             self._read_into(raw, name, first * width * stored.element_size())
-            _cast(raw.view(stored.dtype).view(here.shape), here)
+            _cast(raw.view(here.shape), here)
 
-        if rows >= len(table):
-            fill(0)
-        else:
-            list(_READERS.map(fill, range(0, len(table), rows)))  # raises what one of them raised
-        return out
+        begun = [_READERS.submit(fill, first) for first in range(0, len(table), rows)]
+
+        def whole() -> Tensor:
+            for piece in begun:
+                self._explained(piece.result)
+            return out
+
+        return whole
+
+    def _explained(self, read: Callable[[], T]) -> T:
+        """What is read, or a `ModelFileError` that says why it cannot be."""
+        try:
+            return read()
+        except OSError as error:
+            raise ModelFileError(f"{self.path} cannot be read: {explain_os_error(error)}") from None
 
     def _read_into(self, raw: Tensor, name: str, skipped: int) -> None:
         """Fill bytes with those of a tensor, from a place in it."""
@@ -157,30 +166,39 @@ class TensorFile:
 
 
 _PIECE = 2**19  # numbers that are read and cast at a time
+_AHEAD = 8  # tensors that are being read while one is used
 _READERS = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="sfumato-read")
 
 
 def _cast(stored: Tensor, out: Tensor) -> None:
     """Copy into another type and layout in two steps: from one half type to the other by way of float32, into the type
     before into the layout. torch's own way does either number by number, which takes two to four times as long."""
-    kinds = {stored.dtype, out.dtype}
-    part = stored.float() if kinds == {torch.float16, torch.bfloat16} else stored
-    out.copy_(part.to(out.dtype) if out.ndim == 4 else part)
+    if {stored.dtype, out.dtype} == {torch.float16, torch.bfloat16}:
+        stored = _OWN.numbers(torch.float32, stored.numel()).view(stored.shape).copy_(stored)
+    if out.ndim == 4 and stored.dtype != out.dtype:
+        stored = _OWN.numbers(out.dtype, stored.numel()).view(stored.shape).copy_(stored)
+    out.copy_(stored)
 
 
-_OWN = local()
+class _Numbers(local):
+    """Memory of a thread for what it is casting, the same for every piece: fresh memory costs as much as reading."""
+
+    def __init__(self) -> None:
+        self._held: dict[torch.dtype, Tensor] = {}
+
+    def numbers(self, dtype: torch.dtype, count: int) -> Tensor:
+        """So many numbers of a type, whose values are anything; good until the next are asked for."""
+        held = self._held.get(dtype)
+        if held is None or len(held) < count:
+            held = self._held[dtype] = torch.empty(count, dtype=dtype)
+        return held[:count]
 
 
-def _buffer(size: int) -> Tensor:
-    """So many bytes, for the next tensor of this thread the same again: fresh memory costs as much as reading."""
-    held: Tensor | None = getattr(_OWN, "buffer", None)
-    if held is None or len(held) < size:
-        held = _OWN.buffer = torch.empty(size, dtype=torch.uint8)
-    return held[:size]
+_OWN = _Numbers()
 
 
 class Lazily(Mapping[str, Tensor]):
-    """Tensors of files under other names, each read when it is asked for.
+    """Tensors of files under other names, each read when it is asked for; those of `items()` some ahead of their turn.
 
     Args:
         places: name -> file and the name in it.
@@ -194,11 +212,37 @@ class Lazily(Mapping[str, Tensor]):
         file, stored = self._places[name]
         return file.read(stored, self._dtype)
 
+    def begin(self, name: str) -> Callable[[], Tensor]:
+        """Begin to read one; what is returned waits for it."""
+        file, stored = self._places[name]
+        return partial(file.read, stored) if self._dtype is None else file.begin(stored, self._dtype)
+
+    def items(self) -> ItemsView[str, Tensor]:
+        return _Ahead(self)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
     def __len__(self) -> int:
         return len(self._places)
+
+
+class _Ahead(ItemsView[str, Tensor]):
+    """Names and tensors in order, where the next few are being read while one is used."""
+
+    def __init__(self, tensors: Lazily) -> None:
+        super().__init__(tensors)
+        self._tensors = tensors
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        begun: deque[tuple[str, Callable[[], Tensor]]] = deque()
+        for name in self._tensors:
+            begun.append((name, self._tensors.begin(name)))
+            if len(begun) > _AHEAD:
+                first, whole = begun.popleft()
+                yield first, whole()
+        for name, whole in begun:
+            yield name, whole()
 
 
 def _seen(path: Path, name: str, entry: Any) -> Tensor:

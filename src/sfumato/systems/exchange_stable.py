@@ -112,7 +112,7 @@ def fill(
 
 def plain(part: Component) -> Stored:
     """A network whose names are ours."""
-    return Stored(part.seen, lambda: dict(part.tensors))
+    return Stored(part.seen, lambda: dict(part.tensors.items()))  # which reads ahead
 
 
 def told(text: Text) -> Stored:

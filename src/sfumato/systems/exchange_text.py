@@ -80,7 +80,8 @@ class Text:
 
     def read(self) -> dict[str, Tensor]:
         """The weights under our names."""
-        return {ours: self.part.tensors[theirs] for ours, theirs in self.names.items()}
+        ours = {theirs: name for name, theirs in self.names.items()}
+        return {ours[theirs]: tensor for theirs, tensor in self.part.tensors.items() if theirs in ours}
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
