@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.profiler import record_function
 
-from sfumato.backends.timing import least_seconds
+from sfumato.backends.timing import times_as_fast
 from sfumato.networks.attention import KERNELS, Kernel, sdpa, set_attention_kernel
 
 SCOPE = "sfumato::attention"
@@ -37,8 +37,6 @@ LEAST = 1024
 """Queries and keys below which the fused kernel is not left."""
 SAFE = 60.0
 """No score can be larger where the longest query times the longest key is not: its exponential needs no shift then."""
-MARGIN = 1.15
-"""How much faster another kernel must be measured to be taken."""
 _LANES = 16  # products into a width that is a multiple of this are fast
 _PROBE = (1, 2, 2048, 40)  # the shape that is measured: some hundredths of a second
 
@@ -102,17 +100,13 @@ KERNELS |= {"blocks": blocks, "adaptive": adaptive}
 
 @cache
 def chosen(dtype: torch.dtype, device: torch.device) -> str:
-    """The name of the kernel that is fastest here: `adaptive` where it is `MARGIN` times as fast as torch's own, which
-    can only be in half precision on a CPU. Measured once in a process, at 2,048 tokens in heads of width 40."""
+    """The name of the kernel that is faster here: torch's own, or `adaptive`, which can only be so in half precision on
+    a CPU. Measured once in a process, at 2,048 tokens in heads of width 40."""
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return "sdpa"
     q, k, v = (torch.randn(_PROBE, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3))
-    return "adaptive" if _least(sdpa, q, k, v) > MARGIN * _least(adaptive, q, k, v) else "sdpa"
-
-
-def _least(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> float:
-    """Seconds of a call."""
-    return least_seconds(lambda: kernel(q, k, v, None, 0.16))
+    gain = times_as_fast(lambda: adaptive(q, k, v, None, 0.16), lambda: sdpa(q, k, v, None, 0.16))
+    return "adaptive" if gain > 1 else "sdpa"
 
 
 @contextmanager
