@@ -5,8 +5,8 @@
 The network and the objective are those of the recipe `emoji`; the pictures, their captions and the first stage are
 made up, so that nothing needs to be at hand but diffusers and the package of the text encoder. Ours is the trainer's
 own step, whole: latents and states gathered into a batch, captions dropped, loss, gradient, clipping, AdamW, average.
-The peer is what diffusers' training scripts do (`UNet2DConditionModel`, `DDPMScheduler.add_noise`, min-SNR weights,
-clipping, `torch.optim.AdamW`, `EMAModel`); its batches, with the same padded contexts and masks, are gathered before
+The peer is what diffusers' training scripts do (`UNet2DConditionModel`, `DDPMScheduler.add_noise`, clipping,
+ `torch.optim.AdamW`, `EMAModel`); its batches, with the same padded contexts and masks, are gathered before
 the clock runs. It takes part twice: in float32 with the usual memory layout, and channels-last under bfloat16 autocast.
 `--compile` adds a fourth side, ours with `train.compile`, and some minutes for the compiler.
 All take turns in one process, and who begins moves on every round. Prints seconds and ratios, of the clock on the wall
@@ -164,9 +164,7 @@ def their_step(trainer: Trainer, given: list[Given], *, best: bool) -> Callable[
             noisy = noisy.contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=best):
             out = network(noisy, times, one.context, encoder_attention_mask=one.mask, return_dict=False)[0]
-        snr = utils.compute_snr(scheduler, times)
-        weights = torch.clamp(snr, max=5.0) / (snr + 1)
-        loss = (F.mse_loss(out.float(), target, reduction="none").mean(dim=(1, 2, 3)) * weights).mean()
+        loss = F.mse_loss(out.float(), target)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), o.clip_norm)
         optimizer.step()
