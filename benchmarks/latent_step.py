@@ -6,8 +6,8 @@ The network and the objective are those of the recipe `emoji`; the pictures, the
 made up, so that nothing needs to be at hand but diffusers and the package of the text encoder. Ours is the trainer's
 own step, whole: latents and states gathered into a batch, captions dropped, loss, gradient, clipping, AdamW, average.
 The peer is what diffusers' training scripts do (`UNet2DConditionModel`, `DDPMScheduler.add_noise`, clipping,
- `torch.optim.AdamW`, `EMAModel`); its batches, with the same padded contexts and masks, are gathered before
-the clock runs. It takes part twice: in float32 with the usual memory layout, and channels-last under bfloat16 autocast.
+`torch.optim.AdamW`, `EMAModel`); its batches, with the same padded contexts and masks, are gathered before the clock
+runs. It takes part twice: in float32 with the usual memory layout, and channels-last under bfloat16 autocast.
 `--compile` adds a fourth side, ours with `train.compile`, and some minutes for the compiler.
 All take turns in one process, and who begins moves on every round. Prints seconds and ratios, of the clock on the wall
 and of processor time, which on one thread other work on the machine disturbs less.

@@ -421,6 +421,20 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path: Path, data: Path, codec
     assert straight.export().read_bytes() == again.export().read_bytes()
 
 
+def test_a_codec_that_was_trained_anew_is_not_gone_on_with(tmp_path: Path, data: Path, codec: Path) -> None:
+    stage = tmp_path / "codec.safetensors"
+    shutil.copy(codec / "model.safetensors", stage)
+    recipe = recipe_for(data, stage, train={"steps": 2})
+    trainer_for(recipe, tmp_path / "run").train()
+    resumed(recipe, tmp_path / "run")
+    file = read_model(stage)
+    assert file.config is not None
+    name = "codec.encoder.conv_in.bias"
+    write_model(stage, file.tensors | {name: file.tensors[name] + 0.01}, file.config)
+    with pytest.raises(UserError, match="the checkpoint is of another codec than"):
+        resumed(recipe, tmp_path / "run")
+
+
 def test_the_codec_stays_as_it_is_and_travels_along(tmp_path: Path, data: Path, codec: Path) -> None:
     trainer = trainer_for(recipe_for(data, codec, train={"steps": 2}), tmp_path)
     trainer.train()

@@ -269,6 +269,9 @@ class LatentTask:
         return weights | codec
 
     def weights(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        for name, own in self.tensors({}).items():
+            if name not in tensors or not torch.equal(tensors[name].to(own), own):
+                raise UserError(f"the checkpoint is of another codec than {self.recipe.codec}; choose another folder")
         return {name: tensor for name, tensor in tensors.items() if not name.startswith("codec.")}
 
     def model_config(self) -> dict[str, Any]:
