@@ -164,7 +164,7 @@ def their_step(trainer: Trainer, given: list[Given], *, best: bool) -> Callable[
             noisy = noisy.contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=best):
             out = network(noisy, times, one.context, encoder_attention_mask=one.mask, return_dict=False)[0]
-        loss = F.mse_loss(out.float(), target)
+        loss: Any = F.mse_loss(out.float(), target)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), o.clip_norm)
         optimizer.step()

@@ -662,13 +662,8 @@ def load(
     wanted = str(path_or_name) if path_or_name is not None else models.BEST
     if dtype not in ("auto", *DTYPES):
         raise_unknown("dtype", dtype, ["auto", *DTYPES])
-    if wanted in models.names():
-        found, name = models.weights(wanted), wanted
-    else:
-        path = Path(wanted)
-        if not path.exists() and path.suffix == "" and len(path.parts) == 1:
-            raise UserError(_no_such_model(wanted))
-        found, name = weights_of(path), path.resolve().name.removesuffix(".safetensors")
+    found = weights_of(wanted)
+    name = wanted if wanted in models.names() else Path(wanted).resolve().name.removesuffix(".safetensors")
     kind = _fitting_dtype(found, choose_device(device)) if dtype == "auto" else dtype
     registry.check(backend, choose_device(device), DTYPES[kind])
     offloading.check(offload, choose_device(device), registry.chosen(backend))
@@ -730,8 +725,14 @@ def _no_such_model(wanted: str) -> str:
     return f"no model or file is called {wanted!r}{nearest(wanted, known)}; the box holds: {', '.join(known)}"
 
 
-def weights_of(path: Path) -> Path:
-    """The file to open for a path: of a run its finished model or newest averaged weights; else the path itself."""
+def weights_of(path_or_name: str | Path) -> Path:
+    """The file to open for what a user names: a model of the box, of a run its finished model or newest averaged
+    weights, else the path itself. Raises `UserError` for a bare name that nothing has."""
+    if str(path_or_name) in models.names():
+        return models.weights(str(path_or_name))
+    path = Path(path_or_name)
+    if not path.exists() and path.suffix == "" and len(path.parts) == 1:
+        raise UserError(_no_such_model(str(path)))
     if not path.is_dir():
         return path
     if (path / state.AVERAGE).is_file():

@@ -39,7 +39,6 @@ def convert(
     ] = False,
 ) -> None:
     """Write a model in the layout of another program, bit for bit; what it does not take over is listed."""
-    from sfumato import models
     from sfumato.api import first_stage_of, weights_of
     from sfumato.systems.convert import check_target
     from sfumato.systems.convert import convert as run
@@ -48,7 +47,7 @@ def convert(
         raise_unknown("prediction", prediction, ("eps", "v"))
     check_target(target, to)
     known: Any = prediction or "unknown"
-    found = models.weights(source) if source in models.names() else weights_of(Path(source))
+    found = weights_of(source)
     stage = first_stage_of(vae) if vae is not None else None
     done = run(
         found, target, to=to, dtype=dtype, prediction=known, averaged=ema, allow_pickle=allow_pickle, vae=stage

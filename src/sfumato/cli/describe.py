@@ -53,9 +53,7 @@ def info(
     """Tell what a model, a run or a picture is."""
     from sfumato import models
 
-    if str(file) in models.names():
-        file = models.weights(str(file))
-    elif not file.exists():
+    if str(file) not in models.names() and not file.exists():
         raise UserError(f"there is nothing at {file}{nearest(str(file), models.names())}")
     known = _of_picture(file) if file.suffix.lower() in _PICTURES else _of_model(file, allow_pickle)
     if as_json:

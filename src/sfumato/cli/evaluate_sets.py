@@ -331,18 +331,12 @@ def _every_picture(path: Path, size: int | None) -> Tensor:
 # --- what is judged -------------------------------------------------------------------------------------------------
 
 
-def _weights(name: str) -> Path:
-    """The file that a name, a file or a run stands for."""
-    from sfumato import api, models
-
-    return models.weights(name) if name in models.names() else api.weights_of(Path(name))
-
-
 def _open_clip(name: str, device: torch.device) -> tuple[CLIP, str]:
+    from sfumato.api import weights_of
     from sfumato.systems import open_system
     from sfumato.systems.clip import CLIP
 
-    opened = open_system(_weights(name))
+    opened = open_system(weights_of(name))
     if not isinstance(opened.system, CLIP):
         raise UserError(f"--clip: {name} is a {opened.system.kind} model, not a CLIP")
     opened.system.towers.to(device)
@@ -351,9 +345,10 @@ def _open_clip(name: str, device: torch.device) -> tuple[CLIP, str]:
 
 def _open_codec(name: str) -> tuple[Codec, int, str]:
     """A codec, alone or inside a latent model; the side of its pictures; the SHA-256 of its file."""
+    from sfumato.api import weights_of
     from sfumato.systems import open_codec
 
-    stage, sha256 = open_codec(_weights(name))
+    stage, sha256 = open_codec(weights_of(name))
     if stage.config.channels != 3:
         raise UserError(f"{name} is for grey pictures; the judge sees colour pictures")
     return stage.codec, stage.config.size, sha256
