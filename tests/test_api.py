@@ -12,7 +12,9 @@ from PIL import Image
 
 import sfumato
 from sfumato import models
-from sfumato.diffusion.solvers import Euler
+from sfumato.conditioners.words import minilm_installed
+from sfumato.diffusion.solvers import Churn, Euler
+from sfumato.images import read_settings
 
 from . import tiny
 
@@ -62,7 +64,7 @@ def test_names_of_a_box(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 def test_generate(model: sfumato.Model) -> None:
     pictures = model.generate(count=3, seed=5, steps=2)
-    assert [type(p) for p in pictures] == [Image.Image] * 3
+    assert all(isinstance(p, Image.Image) for p in pictures) and len(pictures) == 3
     assert all(p.size == (8, 8) and p.mode == "RGB" for p in pictures)
     again = model.generate(count=3, seed=5, steps=2)
     assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(pictures, again, strict=True))
@@ -97,6 +99,9 @@ def test_label_and_guidance_change_the_picture(model: sfumato.Model) -> None:
 def test_sampler_may_be_a_solver(model: sfumato.Model) -> None:
     by_name, by_object = (model.generate(seed=1, steps=3, sampler=s)[0] for s in ("ddim", Euler()))
     assert np.array_equal(np.asarray(by_name), np.asarray(by_object))
+    assert by_object.info["sfumato"]["sampler"] == "euler"
+    churned = model.generate(seed=1, steps=3, sampler=Euler(churn=Churn(amount=3)))[0]
+    assert churned.info["sfumato"]["sampler"].startswith("Euler(")
 
 
 def test_on_step_is_called(model: sfumato.Model) -> None:
@@ -124,6 +129,42 @@ def test_on_step_can_change_and_cancel(model: sfumato.Model) -> None:
         model.generate(seed=0, steps=2, on_step=cancel)
 
 
+def test_a_hook_that_returns_nothing_only_watches(model: sfumato.Model) -> None:
+    seen: list[int] = []
+    watched = model.generate(seed=0, steps=3, on_step=lambda x, *_: seen.append(len(x)))[0]
+    assert seen == [1] * 4 and np.array_equal(np.asarray(watched), np.asarray(model.generate(seed=0, steps=3)[0]))
+
+
+def test_a_picture_saved_by_itself_keeps_its_settings(model: sfumato.Model, tmp_path: Path) -> None:
+    (picture,) = model.generate(seed=3, steps=2)
+    picture.save(tmp_path / "a.png")
+    assert read_settings(tmp_path / "a.png") == picture.info["sfumato"]
+
+
+def test_types_by_their_other_names(file: Path) -> None:
+    found = [sfumato.load(file, device="cpu", dtype=d).dtype for d in ("fp16", torch.bfloat16, "half")]
+    assert found == ["float16", "bfloat16", "float16"]
+
+
+@pytest.mark.skipif(not minilm_installed(), reason="the text encoder is not installed")
+def test_a_network_may_be_wrapped() -> None:
+    model = sfumato.load("emoji", device="cpu")
+    before = np.asarray(model.generate("a red heart", seed=0, steps=2)[0])
+    model.denoiser.network = Doubled(model.denoiser.network)
+    assert np.array_equal(before, np.asarray(model.generate("a red heart", seed=0, steps=2)[0]))
+
+
+class Doubled(torch.nn.Module):
+    """A network of a user around another."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *given: Any, **slots: Any) -> torch.Tensor:
+        return (self.inner(*given, **slots) + self.inner(*given, **slots)) / 2
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_runs(file: Path, model: sfumato.Model, dtype: str) -> None:
     half = sfumato.load(file, device="cpu", dtype=dtype)
@@ -146,6 +187,7 @@ def test_unconditional_model(tmp_path: Path) -> None:
         ({"dtype": "float8"}, "unknown dtype 'float8'"),
         ({"device": "toaster"}, "device 'toaster' cannot be used here"),
         ({"device": "meta"}, "device 'meta' cannot be used here"),
+        ({"tiles": "always"}, "has no first stage, so there is nothing to compute in tiles"),
     ],
 )
 def test_refused_when_opened(file: Path, options: dict[str, str], said: str) -> None:
@@ -170,6 +212,20 @@ def test_refused_when_opened(file: Path, options: dict[str, str], said: str) -> 
         ({"label": "dog", "guidance": float("nan")}, "guidance must be a finite number of at least 0"),
         ({"guidance": 2}, "guidance needs a --label"),
         ({"width": 16}, "width 16 cannot be had"),
+        ({"dialect": "comfy"}, "takes no dialect"),
+        ({"clip_skip": 1}, "takes no clip skip"),
+        ({"variation_strength": 0.3}, "variation_strength does nothing without variation"),
+        ({"hires_strength": 0.3}, "hires_strength does nothing without hires"),
+        ({"steps": "3"}, "steps must be a whole number, got '3'"),
+        ({"width": 64.0}, "width must be a whole number, got 64.0"),
+        ({"seed": [1, 2]}, "seed must be a whole number"),
+        ({"guidance": "7"}, "guidance must be a number, got '7'"),
+        ({"negative": ["x"]}, "negative must be a text"),
+        ({"schedule": 3}, "schedule must be a text"),
+        ({"sampler": Euler}, r"the class Euler; give a solver, Euler\(\)"),
+        ({"sampler": 3}, "sampler must be a name or a solver"),
+        ({"label": "dog", "guidance_interval": (None, 5)}, "the interval of guidance must be two finite"),
+        ({"fast": "2"}, "no level '2' of savings"),
     ],
 )
 def test_refused_when_drawing(model: sfumato.Model, options: dict[str, Any], said: str) -> None:

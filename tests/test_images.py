@@ -332,6 +332,25 @@ def test_carried_settings_are_the_default(tmp_path: Path) -> None:
     assert [read_settings(tmp_path / f"{name}.png") for name in "abc"] == [FULL, {"seed": 1}, None]
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])
+def test_a_picture_that_carries_settings_saves_them_itself(tmp_path: Path, name: str) -> None:
+    with_settings(picture(), FULL).save(tmp_path / name)
+    assert read_settings(tmp_path / name) == FULL
+    buffer = io.BytesIO()
+    with_settings(picture(), FULL).save(buffer, "png", optimize=True)
+    assert read_settings(io.BytesIO(buffer.getvalue())) == FULL
+    with_settings(picture(), FULL).save(tmp_path / "a.bmp")
+    with Image.open(tmp_path / "a.bmp") as image:
+        assert image.size == picture().size
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
+def test_carrying_changes_no_pixel(mode: str) -> None:
+    plain = picture().convert(mode)
+    carrying = with_settings(plain, FULL)
+    assert carrying.mode == mode and carrying.convert("RGBA").tobytes() == plain.convert("RGBA").tobytes()
+
+
 def test_the_same_picture_is_the_same_bytes() -> None:
     shuffled = dict(reversed(FULL.items()))
     for suffix in SUFFIXES:

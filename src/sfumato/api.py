@@ -31,13 +31,13 @@ from sfumato.codecs.preview import LatentPreview
 from sfumato.conditioners.semantic import ClassMap
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.hooks import Hook, keep
-from sfumato.diffusion.solvers import Solver, find
+from sfumato.diffusion.solvers import SOLVERS, Solver, find
 from sfumato.errors import ModelFileError, UserError, nearest, raise_unknown
 from sfumato.images import PictureError, to_pil, with_settings
 from sfumato.networks.attention import KERNELS, Kernel, attention_kernel, sdpa
 from sfumato.systems import Drawing, Opened, open_system
-from sfumato.systems.asked import Asked
-from sfumato.systems.config import DTYPES
+from sfumato.systems.asked import Asked, check_types
+from sfumato.systems.config import DTYPES, dtype_name
 from sfumato.systems.ddpm import DDPM
 from sfumato.systems.latent import Latent
 from sfumato.systems.stable_diffusion import config_of
@@ -109,6 +109,8 @@ class Model:
             raise_unknown("dtype", dtype, ["auto", *DTYPES])
         if tiles not in TILES:
             raise_unknown("choice of tiles", tiles, TILES)
+        if tiles == "always" and self.system.codec.network is None:
+            raise UserError(f"model {name} has no first stage, so there is nothing to compute in tiles")
         self.tiles = tiles
         if kernel != "auto" and kernel not in KERNELS:
             raise_unknown("attention kernel", kernel, ["auto", *KERNELS])
@@ -153,11 +155,11 @@ class Model:
         dialect: str | None = None,
         clip_skip: int | None = None,
         variation: int | None = None,
-        variation_strength: float = 0.1,
+        variation_strength: float | None = None,
         towards: str | None = None,
         towards_seed: int | None = None,
         hires: float | None = None,
-        hires_strength: float = 0.5,
+        hires_strength: float | None = None,
         layout: str | Path | Sequence[Any] | None = None,
         map: Given | None = None,
         fast: int | FastSettings | None = None,
@@ -181,29 +183,41 @@ class Model:
             dialect: how brackets and weights in prompts are read (a1111, comfy, compel, plain), for CLIP text towers.
             clip_skip: how many of the text tower's last layers are left out (0: none), of both prompts.
             variation: a second seed, towards whose noise each picture's own is turned by `variation_strength` in
-                [0, 1] of the angle between them.
+                [0, 1] of the angle between them, 0.1 if it is not given.
             towards, towards_seed: a second prompt, a second seed: the `count` pictures lead from the first to it in
                 equal steps, all with the one seed `seed`.
-            hires: draw, enlarge by this factor, and draw over it once more with `hires_strength` in (0, 1].
+            hires: draw, enlarge by this factor, and draw over it once more with `hires_strength` in (0, 1], 0.5 if it
+                is not given.
             layout: boxes `{"label": …, "box": [x, y, width, height]}` in fractions of the picture, or their JSON file.
             map: a class for every pixel, a PNG with a palette or of grey values, for models that read maps.
             fast: lossy savings: a level (`backends.fast.LEVELS`) or the savings themselves; None for the exact picture.
                 A level's interval of guidance gives way to `guidance_interval`.
-            on_step: hook of the sampling loop, `(x, level, prediction, noise) -> x`, called for each batch.
+            on_step: hook of the sampling loop, `(x, level, prediction, noise) -> x`, for each batch called before its
+                first step, with no prediction (None), and after every step. None for `x` leaves it as it is.
             on_plan: told once, before the first step, how many steps there will be in all.
 
         Returns:
-            RGB (or grey) pictures; `picture.info["sfumato"]` holds the settings that made each.
+            RGB (or grey) pictures; `picture.info["sfumato"]` holds the settings that made each, `picture.save` writes
+            them along.
 
         Raises:
             UserError: for anything the model cannot do, in one sentence.
         """
+        check_types(
+            count=count, seed=seed, steps=steps, width=width, height=height, clip_skip=clip_skip, variation=variation,
+            towards_seed=towards_seed, guidance=guidance, guidance_rescale=guidance_rescale, hires=hires,
+            variation_strength=variation_strength, hires_strength=hires_strength, negative=negative, towards=towards,
+            schedule=schedule, dialect=dialect, sampler=sampler,
+        )  # fmt: skip
+        for what, other in (("variation", variation), ("hires", hires)):
+            if other is None and {"variation": variation_strength, "hires": hires_strength}[what] is not None:
+                raise UserError(f"{what}_strength does nothing without {what}; give that too, or leave it out")
         texts, names = self._texts(prompt, count), self._named(label)
         words: dict[str, Any] = {"dialect": dialect, "clip_skip": clip_skip} | _places(layout, map)
         if map is not None:
             width, height = width or words["map"].size[0], height or words["map"].size[1]
         if variation is not None:
-            words |= {"variation": variation, "strength": variation_strength}
+            words |= {"variation": variation, "strength": 0.1 if variation_strength is None else variation_strength}
         asked = [Asked(text, negative, names[i % len(names)], **words) for i, text in enumerate(texts)]
         way = towards is not None or towards_seed is not None
         if way:
@@ -211,7 +225,8 @@ class Model:
         self._refuse_what_does_not_apply(asked[0], width, height)
         how = Guidance(guidance, guidance_rescale, guidance_interval)
         settings = self._settings(steps, sampler, schedule, how, asked[0], width, height)
-        settings |= _second_pass(self.system, hires, hires_strength, settings, words.get("map"))
+        again = 0.5 if hires_strength is None else hires_strength
+        settings |= _second_pass(self.system, hires, again, settings, words.get("map"))
         settings |= self._savings(fast, settings, sampler, how)
         return self._all(asked, names, seed, settings, sampler, on_step, on_plan, same=way)
 
@@ -257,6 +272,11 @@ class Model:
         The rest is as in `generate`; `steps` are those of the whole way, of which `strength` takes its part. Settings
         name the picture by path and hash and do not hold it.
         """
+        check_types(
+            count=count, seed=seed, steps=steps, clip_skip=clip_skip, noise_level=noise_level, guidance=guidance,
+            guidance_rescale=guidance_rescale, strength=strength, upscale=upscale, negative=negative,
+            schedule=schedule, dialect=dialect, sampler=sampler,
+        )  # fmt: skip
         enlarges = scale_of(self.system)
         if upscale is not None and enlarges != 1:
             if upscale != enlarges:
@@ -482,7 +502,7 @@ class Model:
             "model": self.name,
             "model_hash": self.sha256,
             "steps": choose_steps(self.system, spacing, steps),
-            "sampler": find(chosen)[0].name if isinstance(chosen, str) else repr(chosen),
+            "sampler": find(chosen)[0].name if isinstance(chosen, str) else _name_of(self.system, chosen),
             "schedule": spacing,
             "guidance": scale,
             "width": width if width is not None else self.system.config.size,
@@ -535,6 +555,9 @@ class Model:
                 raise UserError(f"model {self.name} does not read text, so it takes no prompt{known}")
             if asked.negative is not None:
                 raise UserError(f"model {self.name} does not read text, so it takes no negative prompt{known}")
+            if asked.dialect is not None or asked.clip_skip is not None:
+                what = "dialect" if asked.dialect is not None else "clip skip"
+                raise UserError(f"model {self.name} does not read text, so it takes no {what}{known}")
         if asked.label is not None and "label" not in self.system.reads:
             raise UserError("this model has no class labels; leave --label out")
         for what, said in (("layout", asked.layout), ("map", asked.map)):
@@ -546,6 +569,11 @@ class Model:
                 raise UserError(f"model {self.name} draws {own} x {own} pixels; {what} {size} cannot be had")
             if size is not None and not 8 <= size <= 4096:
                 raise UserError(f"{what} must be 8 to 4096 pixels, got {size}")
+
+
+def _name_of(model: Drawing, solver: Solver[Any]) -> str:
+    """The name by which this model would choose that very solver, else how it is written in Python."""
+    return next((name for name in SOLVERS if choose_solver(model, name) == solver), repr(solver))
 
 
 def _places(layout: str | Path | Sequence[Any] | None, classes: Given | None) -> dict[str, Any]:
@@ -625,7 +653,7 @@ def load(
     path_or_name: str | Path | None = None,
     *,
     device: str = "auto",
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     vae: str | Path | None = None,
     prediction: Prediction = "unknown",
     averaged: bool = False,
@@ -642,8 +670,9 @@ def load(
     Args:
         path_or_name: None takes the best model in the box.
         device: auto (a GPU if there is one), cpu, or another of torch's device names.
-        dtype: of the networks: auto, float32, bfloat16 or float16. "auto" is half precision for large models where the
-            machine computes with it natively (bfloat16 on a CPU, float16 on a GPU), else float32.
+        dtype: of the networks: auto, float32, bfloat16 or float16 (or fp16, bf16, torch.float16 …). "auto" is
+            half precision for large models where the machine computes with it natively (bfloat16 on a CPU, float16 on a
+            GPU), else float32.
         vae: another first stage: a file, a finished run, a folder or a name from the box.
         prediction: "eps" or "v" where a foreign file does not say it, or says it wrongly.
         averaged: read the running average of the weights (EMA) that some single files keep apart.
@@ -660,6 +689,7 @@ def load(
         UserError: in one sentence, when it cannot be opened.
     """
     wanted = str(path_or_name) if path_or_name is not None else models.BEST
+    dtype = dtype_name(dtype)
     if dtype not in ("auto", *DTYPES):
         raise_unknown("dtype", dtype, ["auto", *DTYPES])
     found = weights_of(wanted)

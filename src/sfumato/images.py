@@ -333,10 +333,24 @@ def _settings_from_json(text: str) -> dict[str, Any] | None:
 # --- files ------------------------------------------------------------------------------------------------
 
 
-def with_settings(image: Image.Image, settings: Settings) -> Image.Image:
-    """Return a copy of `image` with its settings in `info["sfumato"]`, where `save_picture` finds them."""
-    carrying = image.copy()
-    carrying.info[JSON_KEY] = dict(settings)
+class Picture(Image.Image):
+    """A Pillow picture that carries the settings that made it in `info["sfumato"]`."""
+
+    def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
+        """As Pillow saves, settings included where the file is a PNG, JPEG or WebP; `save_picture` writes whole or not
+        at all besides, and replaces nothing unasked."""
+        suffix = Path(fp).suffix.lower() if isinstance(fp, str | os.PathLike) else ""
+        kind = format.upper() if format is not None else FORMATS.get(suffix, "")
+        if kind in FORMATS.values() and (settings := _carried(self)):
+            params = _options_of(kind, settings) | params
+        super().save(fp, format, **params)
+
+
+def with_settings(image: Image.Image, settings: Settings) -> Picture:
+    """Return a copy of `image` with its settings in `info["sfumato"]`, where it and `save_picture` find them."""
+    carrying = Picture()
+    carrying.__setstate__(image.__getstate__())
+    carrying.info = dict(image.info) | {JSON_KEY: dict(settings)}
     return carrying
 
 
@@ -400,21 +414,23 @@ def encode_picture(image: Image.Image, suffix: str, settings: Settings | None = 
         "WEBP": {"lossless": True, "exact": True, "exif": b""},
     }[kind]
     if settings:
-        described, text = _json(settings), _writable(infotext(settings))
-        if kind == "PNG":
-            options["pnginfo"] = _png_chunks(described, text)
-        else:
-            options["exif"] = _exif(described, text)
+        options |= _options_of(kind, settings)
     if kind != "PNG" and image.mode not in ("RGB", "L"):
         image = as_mode(image, "RGBA" if kind == "WEBP" and image.has_transparency_data else "RGB")
     buffer = io.BytesIO()
     try:
-        image.save(buffer, kind, **options)
+        Image.Image.save(image, buffer, kind, **options)
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot write a {image.width}x{image.height} picture of mode {image.mode!r} as {kind}: {error}"
         ) from error
     return buffer.getvalue()
+
+
+def _options_of(kind: str, settings: Settings) -> dict[str, Any]:
+    """What Pillow is told so that the settings go into a file of this format."""
+    described, text = _json(settings), _writable(infotext(settings))
+    return {"pnginfo": _png_chunks(described, text)} if kind == "PNG" else {"exif": _exif(described, text)}
 
 
 def _carried(image: Image.Image) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from sfumato.diffusion.denoiser import TIME, Denoiser, Preconditioning, Prediction
 from sfumato.diffusion.guidance import DenoiseFn, clip_x0, unguided
-from sfumato.diffusion.hooks import Hook, keep
+from sfumato.diffusion.hooks import Hook, keep, told
 from sfumato.diffusion.level import CLEAN, NoiseLevel
 from sfumato.diffusion.objective import LOSSES, Objective
 from sfumato.diffusion.parameterization import EPS, X0, Parameterization, V
@@ -351,7 +351,7 @@ class GaussianDiffusion(nn.Module):
         seen: list[Tensor] = []
 
         def watch(x: Tensor, level: NoiseLevel, prediction: Prediction | None, source: NoiseSource) -> Tensor:
-            x = on_step(x, level, prediction, source)
+            x = told(on_step, x, level, prediction, source)
             if everything:
                 seen.append(x)
             return x

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from sfumato.diffusion.analytic import EmpiricalData, GaussianData, MixtureData
-from sfumato.diffusion.denoiser import Prediction
+from sfumato.diffusion.denoiser import Denoiser, Prediction
 from sfumato.diffusion.grid import trailing
+from sfumato.diffusion.guidance import unguided
 from sfumato.diffusion.hooks import chain, keep
 from sfumato.diffusion.level import CLEAN, NoiseLevel
 from sfumato.diffusion.posterior import transition
@@ -43,6 +44,23 @@ def run(method: Solver, schedule_name: str = "linear", steps: int = 20, seeds: t
     schedule, noise = SCHEDULES[schedule_name], source(*seeds)
     levels = trailing(schedule, steps)
     return sample(MIXTURE, method, start(noise, levels[0]), levels, schedule, noise=noise)
+
+
+def test_a_bare_denoiser_is_asked_without_a_condition() -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Conv2d(2, 2, 3, padding=1)
+
+    class Timed(torch.nn.Module):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            out: Tensor = network(x) * (t / 1000)[:, None, None, None]
+            return out
+
+    denoiser = Denoiser(Timed(), LINEAR)
+    levels, drawn = trailing(LINEAR, 5), []
+    for asked in (denoiser, unguided(denoiser)):
+        noise = NoiseSource((0, 1), (2, 4, 4))
+        drawn.append(sample(asked, Heun(), start(noise, levels[0]), levels, LINEAR, noise=noise))
+    assert torch.equal(*drawn)
 
 
 @each

@@ -69,8 +69,8 @@ def generate(
         int | None, typer.Option(parser=whole(0), metavar="SEED", help="A second seed to turn each picture's noise to.")
     ] = None,
     variation_strength: Annotated[
-        float, typer.Option(parser=number(0), metavar="S", help="How far it is turned, 0 to 1.")
-    ] = 0.1,
+        float | None, typer.Option(parser=number(0), metavar="S", help="How far it is turned, 0 to 1. [0.1]")
+    ] = None,
     towards: Annotated[
         str | None, typer.Option(help="A second prompt: the --count pictures lead from the first to it.")
     ] = None,
@@ -81,8 +81,9 @@ def generate(
         float | None, typer.Option(parser=number(1), metavar="X", help="Enlarge by X and draw over it once more.")
     ] = None,
     hires_strength: Annotated[
-        float, typer.Option(parser=number(0), metavar="S", help="How far the second pass forgets the first, 0 to 1.")
-    ] = 0.5,
+        float | None,
+        typer.Option(parser=number(0), metavar="S", help="How far the second pass forgets the first, 0 to 1. [0.5]"),
+    ] = None,
     fast: Fast = None,
     layout: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="Labelled boxes, for models that read layouts.")

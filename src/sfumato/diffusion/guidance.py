@@ -38,6 +38,11 @@ def unguided(denoiser: Denoiser, condition: Condition | None = None) -> DenoiseF
     return denoise
 
 
+def as_function(denoise: DenoiseFn | Denoiser) -> DenoiseFn:
+    """What asks for an estimate: a function as it is, a bare denoiser unguided and without a condition."""
+    return unguided(denoise) if isinstance(denoise, Denoiser) else denoise
+
+
 def classifier_free(
     denoiser: Denoiser,
     condition: Condition,
@@ -96,11 +101,12 @@ def classifier_free(
 
 def check_interval(interval: tuple[float, float] | None) -> None:
     """Refuse, with a `UserError`, what is not an interval of noise-to-signal ratios; None is all of them."""
-    if interval is not None and not 0 <= interval[0] < interval[1] < math.inf:
-        raise UserError(
-            "the interval of guidance must be two finite, rising noise-to-signal ratios, got "
-            f"{interval[0]:g}, {interval[1]:g}"
-        )
+    if interval is None:
+        return
+    numbers = isinstance(interval, tuple | list) and all(isinstance(one, int | float) for one in interval)
+    if not numbers or len(interval) != 2 or not 0 <= interval[0] < interval[1] < math.inf:
+        told = ", ".join(f"{one:g}" for one in interval) if numbers else repr(interval)
+        raise UserError(f"the interval of guidance must be two finite, rising noise-to-signal ratios, got {told}")
 
 
 class _Difference:

@@ -1,7 +1,7 @@
 """Hooks for the sampling loop: functions `(x, level, prediction, noise) -> x` called after every step.
 
-A hook may watch (previews, progress), replace `x`, or raise to cancel. It is also called once before the first
-step, with the initial `x`, the first level and no prediction.
+A hook may watch (previews, progress), replace `x`, or raise to cancel; one that returns nothing leaves `x` as it is. It
+is also called once before the first step, with the initial `x`, the first level and no prediction (None).
 
 >>> import torch
 >>> x = torch.ones(1)
@@ -19,7 +19,7 @@ from sfumato.diffusion.denoiser import Prediction
 from sfumato.diffusion.level import NoiseLevel
 from sfumato.random import NoiseSource
 
-Hook = Callable[[Tensor, NoiseLevel, Prediction | None, NoiseSource], Tensor]
+Hook = Callable[[Tensor, NoiseLevel, Prediction | None, NoiseSource], Tensor | None]
 
 
 def keep(x: Tensor, level: NoiseLevel, prediction: Prediction | None, noise: NoiseSource) -> Tensor:
@@ -27,12 +27,18 @@ def keep(x: Tensor, level: NoiseLevel, prediction: Prediction | None, noise: Noi
     return x
 
 
+def told(hook: Hook, x: Tensor, level: NoiseLevel, prediction: Prediction | None, noise: NoiseSource) -> Tensor:
+    """What goes on after a hook was told of `x`."""
+    seen = hook(x, level, prediction, noise)
+    return x if seen is None else seen
+
+
 def chain(*hooks: Hook) -> Hook:
     """One hook that calls several in order, each with the `x` of the one before."""
 
     def chained(x: Tensor, level: NoiseLevel, prediction: Prediction | None, noise: NoiseSource) -> Tensor:
         for hook in hooks:
-            x = hook(x, level, prediction, noise)
+            x = told(hook, x, level, prediction, noise)
         return x
 
     return chained

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from sfumato.diffusion import grid as grids
-from sfumato.diffusion.denoiser import Prediction
-from sfumato.diffusion.guidance import DenoiseFn
+from sfumato.diffusion.denoiser import Denoiser, Prediction
+from sfumato.diffusion.guidance import DenoiseFn, as_function
 from sfumato.diffusion.level import NoiseLevel, expand
 from sfumato.diffusion.posterior import learned_log_variance, transition
 from sfumato.diffusion.schedule import Schedule
@@ -207,7 +207,7 @@ def chain(schedule: Schedule, spec: str | int | None = None) -> grids.Grid:
 
 @torch.no_grad()
 def bound(
-    denoise: DenoiseFn,
+    denoise: DenoiseFn | Denoiser,
     x0: Tensor,
     levels: Sequence[NoiseLevel],
     noise: Noise,
@@ -221,7 +221,7 @@ def bound(
     `clip_x0(unguided(denoiser))` for its default, `clip_denoised=True`. Holds on every path.
 
     Args:
-        denoise: (x_t, level, None) -> Prediction.
+        denoise: (x_t, level, None) -> Prediction, or a `Denoiser`.
         x0: (B, *S) in [-1, 1], on the 8-bit grid unless `continuous`.
         levels: of shape (), noisy to clean; the last is clean (`chain`).
         noise: each picture's own; one draw per step, noisiest first.
@@ -238,6 +238,7 @@ def bound(
         raise_unknown("variance", variance, VARIANCES)
     if len(levels) < 3 or not levels[-1].is_clean:
         raise ValueError("a bound needs a chain of at least two steps that ends clean")
+    denoise = as_function(denoise)
     floor = transition(levels[-3], levels[-2]).variance
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
     for now, nxt in zip(levels[:-1], levels[1:], strict=True):

@@ -24,8 +24,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.grid import nsr_ends
-from sfumato.diffusion.guidance import DenoiseFn
+from sfumato.diffusion.guidance import DenoiseFn, as_function
 from sfumato.diffusion.level import expand
 from sfumato.diffusion.likelihood import Noise
 from sfumato.diffusion.schedule import Schedule
@@ -74,7 +75,7 @@ def dequantize(x0: Tensor, noise: Noise) -> Tensor:
 
 
 def flow_density(
-    denoise: DenoiseFn,
+    denoise: DenoiseFn | Denoiser,
     x0: Tensor,
     schedule: Schedule,
     *,
@@ -88,7 +89,8 @@ def flow_density(
     """Log-density of `x0` under the model that draws from N(0, I) and follows the probability-flow ODE to the data.
 
     Args:
-        denoise: (x_t, level, None) -> Prediction, differentiable in `x_t`; without clipping, which would bend the flow.
+        denoise: (x_t, level, None) -> Prediction, or a `Denoiser`; differentiable in `x_t`, without clipping, which
+            would bend the flow.
         x0: (B, *S).
         divergence: "rademacher" or "gaussian" (Hutchinson's estimate with such probes, unbiased) or "exact", which
             takes one derivative per dimension.
@@ -109,7 +111,7 @@ def flow_density(
     if not 0 < low < high < math.inf:
         raise UserError(f"ends must be two rising, finite, positive noise-to-signal ratios, got {low} and {high}")
     found = [] if noise is None or divergence == "exact" else [_probe(divergence, noise, x0) for _ in range(probes)]
-    field = _Flow(denoise, schedule, found)
+    field = _Flow(as_function(denoise), schedule, found)
     begin = (x0.detach() / math.sqrt(1 + low**2), torch.zeros(len(x0), dtype=torch.float64))
     span = (math.log(low), math.log(high))
     if steps is not None:

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.diffusion.denoiser import Prediction
-from sfumato.diffusion.guidance import DenoiseFn
-from sfumato.diffusion.hooks import Hook, keep
+from sfumato.diffusion.denoiser import Denoiser, Prediction
+from sfumato.diffusion.guidance import DenoiseFn, as_function
+from sfumato.diffusion.hooks import Hook, keep, told
 from sfumato.diffusion.level import NoiseLevel, expand, goes_up
 from sfumato.diffusion.posterior import renoise
 from sfumato.diffusion.schedule import Schedule
@@ -37,7 +37,7 @@ _INVERSION = "climb=True inverts, which a method that draws noise cannot do: tak
 
 @torch.no_grad()
 def sample(
-    denoise: DenoiseFn,
+    denoise: DenoiseFn | Denoiser,
     solver: Solver[Any],
     x: Tensor,
     grid: Sequence[NoiseLevel],
@@ -50,21 +50,23 @@ def sample(
     """Follow `grid` from its first level to its last. Returns `x` there, (B, *S).
 
     Args:
-        denoise: `(x_t, level, previous_x0) -> Prediction`; the previous estimate is the last step's.
+        denoise: `(x_t, level, previous_x0) -> Prediction`, the previous estimate being the last step's; or a
+            `Denoiser`, which is then asked without a condition.
         solver: makes one transition; may stop short of the next level, and is asked again.
         x: (B, *S) at `grid[0]`: `start(noise, grid[0])` for pure noise.
         grid: levels, noisy to clean. Where it goes up again the picture is renoised (Restart, RePaint), and its
             Brownian noise begins anew …
         climb: … unless this is set: then the solver itself walks up (inversion), and may draw no noise.
         noise: each picture's own stream.
-        on_step: called with the initial state and after every step; what it returns goes on.
+        on_step: called with the initial state and after every step; what it returns goes on, where that is not None.
 
     Raises:
         UserError: where a solver draws noise with `climb`.
 
     `torch.no_grad`, not inference mode: guidance may need gradients.
     """
-    x = on_step(x, grid[0], None, noise)
+    denoise = as_function(denoise)
+    x = told(on_step, x, grid[0], None, noise)
     own = NoNoise(_INVERSION) if climb else noise
     state, previous_x0 = solver.init(schedule, grid), None
     for i, (now, nxt) in enumerate(pairwise(grid)):
@@ -72,14 +74,14 @@ def sample(
             x = renoise(x, now, nxt, noise.draw())
             noise.new_path()
             state, previous_x0 = solver.init(schedule, grid[i + 1 :]), None
-            x = on_step(x, nxt, None, noise)
+            x = told(on_step, x, nxt, None, noise)
             continue
         level = now
         while level is not nxt:
             ask: Callable[[Tensor, NoiseLevel], Prediction] = partial(_ask, denoise, previous_x0)
             x, level, state, prediction = solver.step(ask, x, level, nxt, state, own)
             previous_x0 = prediction.x0
-        x = on_step(x, nxt, prediction, noise)
+        x = told(on_step, x, nxt, prediction, noise)
     return x
 
 

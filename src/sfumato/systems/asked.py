@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 from sfumato.conditioners.layout import Box, layout_of, layout_told
@@ -92,3 +93,27 @@ class Asked:
         if odd := set(values) - known:
             raise TypeError(f"unknown key {odd.pop()!r}")
         return cls(**values)
+
+
+_WHOLE = {"count", "seed", "steps", "width", "height", "clip_skip", "variation", "towards_seed", "noise_level"}
+_TEXT = {"negative", "towards", "schedule", "dialect"}
+
+
+def check_types(**given: Any) -> None:
+    """Refuse, with a `UserError`, what is of a type that its name does not take; None is taken by all.
+
+    >>> check_types(count=2, guidance=7.5, schedule="karras")
+    """
+    for name, value in given.items():
+        if name == "sampler":
+            if isinstance(value, type):
+                raise UserError(f"sampler is the class {value.__name__}; give a solver, {value.__name__}()")
+            fits, wanted = isinstance(value, str) or hasattr(value, "step"), "a name or a solver"
+        elif name in _TEXT:
+            fits, wanted = isinstance(value, str), "a text"
+        else:
+            kinds = Integral if name in _WHOLE else Real
+            fits = isinstance(value, kinds) and not isinstance(value, bool)
+            wanted = "a whole number" if name in _WHOLE else "a number"
+        if value is not None and not fits:
+            raise UserError(f"{name} must be {wanted}, got {value!r}")

@@ -27,6 +27,17 @@ from sfumato.networks.outline import made_on
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Types that weights are asked for in, by name."""
+_SHORT = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+
+
+def dtype_name(dtype: str | torch.dtype) -> str:
+    """The name of a type that is given by this name, by one that is common for it, or as torch's own.
+
+    >>> dtype_name("fp16"), dtype_name(torch.bfloat16), dtype_name("float32")
+    ('float16', 'bfloat16', 'float32')
+    """
+    name = str(dtype).removeprefix("torch.")
+    return _SHORT.get(name, name)
 
 
 class Strict(BaseModel):

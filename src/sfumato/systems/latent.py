@@ -182,10 +182,8 @@ class Latent:
 
     @property
     def denoiser_config(self) -> UNet2DConfig | UNet2DConditionConfig:
-        """The config of the network over latents."""
-        network = self.denoiser.network
-        assert isinstance(network, UNet2DModel | UNet2DConditionModel)
-        return network.config
+        """The config of the network over latents, as the model's own config has it, whatever computes now."""
+        return self.config.unet(self.codec, self.conditioner)
 
     @torch.no_grad()
     def encode(self, pictures: Tensor, *, tiled: bool = False) -> Moments:

@@ -104,7 +104,7 @@ LEVELS: dict[int, FastSettings] = {
 def level(number: int) -> FastSettings:
     """The savings of a level. Raises `UserError` for one that does not exist."""
     if isinstance(number, bool) or number not in LEVELS:
-        raise UserError(f"there is no level {number} of savings; there are {', '.join(map(str, LEVELS))}")
+        raise UserError(f"there is no level {number!r} of savings; there are {', '.join(map(str, LEVELS))}")
     return LEVELS[number]
 
 
