@@ -83,6 +83,18 @@ def test_json_has_settings_counts_and_hashes(things: Path, succeed: Any) -> None
     assert settings["counts"] == {"train": 35, "all": 13, "held-out pairs": 5, "held-out concepts": 8}
 
 
+def test_data_are_read_as_a_training_reads_them(things: Path, run: Any, succeed: Any) -> None:
+    names = sorted(path.name for path in (things / "things").glob("3-*.png"))
+    (things / "things" / names[0]).write_bytes(b"no picture")
+    assert run("evaluate", "floor", *DATA).code == 2
+    found = succeed("evaluate", "floor", *DATA, "--skip-bad", "--fit", "pad", "--json")
+    assert "left out as bad: 1, first" in found.err
+    assert found.json["settings"]["counts"]["train"] + found.json["settings"]["counts"]["all"] == 47
+    assert {"fit": "pad", "upscale": False, "skip_bad": True}.items() <= found.json["settings"].items()
+    refused = run("evaluate", "floor", *DATA, "--fit", "padd", "--skip-bad")
+    assert refused.code == 2 and "did you mean 'pad'" in refused.err
+
+
 def test_pictures_of_a_folder(things: Path, succeed: Any) -> None:
     found = succeed("evaluate", "pictures", "things", *DATA, "--json").json
     assert found["settings"]["counts"]["new"] == 48 and found["settings"]["pictures"] == "things"

@@ -10,12 +10,12 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from sfumato.cli.options import number, whole
-from sfumato.errors import UserError
+from sfumato.errors import UserError, raise_unknown
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +46,11 @@ Candidates = Annotated[
 Seed = Annotated[int, typer.Option(parser=whole(0), metavar="N", help="Of all that is drawn.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda …")]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON, with settings, counts and hashes.")]
+Fit = Annotated[
+    str, typer.Option(metavar="HOW", help="How --data is made square: crop, pad or stretch, as in training.")
+]
+Upscale = Annotated[bool, typer.Option("--upscale", help="Enlarge pictures that are smaller than the model's.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out pictures that cannot be read.")]
 Size = Annotated[int | None, typer.Option(parser=whole(8), metavar="N", help="Side in pixels. [the smallest one's]")]
 
 
@@ -57,13 +62,17 @@ def floor(
     caption: Caption = "text",
     style: Style = "style",
     validation_fraction: Fraction = 0.0,
+    fit: Fit = "crop",
+    upscale: Upscale = False,
+    skip_bad: SkipBad = False,
     candidates: Candidates = 100,
     seed: Seed = 0,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """The ruler: held-out pictures, those of the nearest captions, and known damages, against the training set."""
-    columns = {"caption": caption, "style": style, "validation_fraction": validation_fraction}
+    columns: dict[str, Any] = {"caption": caption, "style": style, "validation_fraction": validation_fraction}
+    columns |= {"fit": fit, "upscale": upscale, "skip_bad": skip_bad}
     ruler, settings = _ruler(data, size, clip, features, columns, candidates, seed, device)
     table = ruler.floor()
     _progress(1, 2)
@@ -90,6 +99,9 @@ def pictures(
     features: Features = None,
     size: Size = None,
     validation_fraction: Fraction = 0.0,
+    fit: Fit = "crop",
+    upscale: Upscale = False,
+    skip_bad: SkipBad = False,
     seed: Seed = 0,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -109,7 +121,8 @@ def pictures(
         opened = _open_for_labels(model, label, size, device)
         side = opened.system.config.size
         named = {"model": opened.name, "model_sha256": opened.sha256, "steps": steps, "guidance": guidance}
-    columns = {"caption": None, "style": "style", "validation_fraction": validation_fraction, "label": label}
+    columns: dict[str, Any] = {"caption": None, "style": "style", "validation_fraction": validation_fraction}
+    columns |= {"label": label, "fit": fit, "upscale": upscale, "skip_bad": skip_bad}
     ruler, settings = _ruler(data, side, None, features, columns, 2, seed, device)
     if model is not None:
         new = _draw_labelled(opened, _training_labels(data, side, columns), count or 1000, seed, steps, guidance)
@@ -126,6 +139,9 @@ def codec(
     caption: Caption = "text",
     style: Style = "style",
     validation_fraction: Fraction = 0.0,
+    fit: Fit = "crop",
+    upscale: Upscale = False,
+    skip_bad: SkipBad = False,
     candidates: Candidates = 100,
     seed: Seed = 0,
     batch: Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Pictures at once.")] = 32,
@@ -136,7 +152,8 @@ def codec(
     from sfumato.evaluation.captioned import reconstructed, reconstruction
 
     stage, size, sha256 = _open_codec(model)
-    columns = {"caption": caption, "style": style, "validation_fraction": validation_fraction}
+    columns: dict[str, Any] = {"caption": caption, "style": style, "validation_fraction": validation_fraction}
+    columns |= {"fit": fit, "upscale": upscale, "skip_bad": skip_bad}
     ruler, settings = _ruler(data, size, clip, features, columns, candidates, seed, device)
     true = ruler.held_out.pictures
     other = reconstructed(_reconstruct(stage, device), true, batch, _progress)
@@ -158,6 +175,9 @@ def text(
     caption: Caption = "text",
     style: Style = "style",
     validation_fraction: Fraction = 0.0,
+    fit: Fit = "crop",
+    upscale: Upscale = False,
+    skip_bad: SkipBad = False,
     candidates: Candidates = 100,
     seed: Seed = 0,
     batch: Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Pictures at once.")] = 48,
@@ -170,7 +190,8 @@ def text(
 
     opened = api.load(model, device=device)
     size = opened.system.config.size
-    columns = {"caption": caption, "style": style, "validation_fraction": validation_fraction}
+    columns: dict[str, Any] = {"caption": caption, "style": style, "validation_fraction": validation_fraction}
+    columns |= {"fit": fit, "upscale": upscale, "skip_bad": skip_bad}
     own = {"steps": steps, "sampler": sampler, "guidance": guidance, "negative": negative}
     draw = _drawer(opened, own)
     train, held_out = _sets(data, size, columns)
@@ -190,6 +211,9 @@ def upscale(
     sampler: Annotated[str | None, typer.Option(help="Its name. [the model's own]")] = None,
     features: Features = None,
     validation_fraction: Fraction = 0.0,
+    fit: Fit = "crop",
+    upscale: Upscale = False,
+    skip_bad: SkipBad = False,
     seed: Seed = 0,
     batch: Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Pictures at once.")] = 16,
     device: Device = "auto",
@@ -205,7 +229,8 @@ def upscale(
     scale = scale_of(opened.system)
     if scale == 1 or not isinstance(opened.system, Latent):
         raise UserError(f"{opened.name} does not enlarge pictures")
-    columns = {"caption": "text", "style": "style", "validation_fraction": validation_fraction}
+    columns: dict[str, Any] = {"caption": "text", "style": "style", "validation_fraction": validation_fraction}
+    columns |= {"fit": fit, "upscale": upscale, "skip_bad": skip_bad}
     ruler, settings = _ruler(data, opened.system.config.size, None, features, columns, 100, seed, device)
     true = ruler.held_out.pictures
     drawn = enlarged_by(
@@ -253,6 +278,7 @@ def _ruler_of(
         "data": str(data), **columns, "size": int(train.pictures.shape[-1]), "seed": seed,
         "judge": chosen.name, "judge_sha256": chosen.network.sha256,
         "clip": clip, "clip_sha256": sha256, "candidates": candidates if clip is not None else None,
+        **{name: columns[name] for name in ("fit", "upscale", "skip_bad")},
         "counts": {"train": len(train), **{name: len(rows) for name, rows in held_out.parts().items()}},
         "train_sha256": train.sha256, "held_out_sha256": held_out.sha256,
     }  # fmt: skip
@@ -275,25 +301,33 @@ def _sets(data: Path, size: int | None, columns: dict[str, Any]) -> tuple[Captio
 
 def _opened(data: Path, size: int | None, columns: dict[str, Any]) -> tuple[PictureSet, PictureSet | None]:
     from sfumato.training.data import DataConfig, check_all, open_data
+    from sfumato.training.pictures import Fit as Ways
 
     share = columns["validation_fraction"]
     if not 0 <= share < 1:
         raise UserError(f"--validation-fraction: must be below 1, got {share}")
+    if columns["fit"] not in get_args(Ways):
+        raise_unknown("fit", columns["fit"], get_args(Ways))
+    side = size or _smallest_side(data, columns["skip_bad"])
     config = DataConfig(
-        path=str(data), size=size or _smallest_side(data), caption=columns["caption"], label=columns.get("label"),
-        validation_fraction=share,
+        path=str(data), size=side, caption=columns["caption"], label=columns.get("label"), validation_fraction=share,
+        fit=columns["fit"], upscale=columns["upscale"], skip_bad=columns["skip_bad"],
     )  # fmt: skip
     train, held_out = open_data(config)
     for one in (train, held_out):
-        if one is not None:
-            check_all(one)
+        if one is not None and (bad := check_all(one)):
+            print(f"left out as bad: {len(bad)}, first {bad[0].key}: {bad[0].reason}", file=sys.stderr)
     return train, held_out
 
 
-def _smallest_side(data: Path) -> int:
-    from sfumato.training.data import DataConfig, open_data
+def _smallest_side(data: Path, skip_bad: bool = False) -> int:
+    from sfumato.training.data import DataConfig, check_all, open_data
 
-    everything, _ = open_data(DataConfig(path=str(data), size=1, split=None, validation_split=None, caption=None))
+    everything, _ = open_data(
+        DataConfig(path=str(data), size=1, split=None, validation_split=None, caption=None, skip_bad=skip_bad)
+    )
+    if skip_bad:
+        check_all(everything)
     return min(min(everything.open(i).size) for i in range(len(everything)))
 
 
