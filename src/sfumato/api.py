@@ -763,6 +763,8 @@ def weights_of(path_or_name: str | Path) -> Path:
     path = Path(path_or_name)
     if not path.exists() and path.suffix == "" and len(path.parts) == 1:
         raise UserError(_no_such_model(str(path)))
+    if not path.exists() and path.suffix not in WEIGHTS and len(path.parts) == 2:  # as models are called on hubs
+        raise UserError(f"there is no file or folder {path}; nothing is downloaded, give one that is on this machine")
     if not path.is_dir():
         return path
     if (path / state.AVERAGE).is_file():

@@ -89,6 +89,7 @@ TRAIN = ("train", "tiny.yaml", "--out", "new")
 CASES: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     # models
     "missing model": (("generate", "--model", "away/model.safetensors"), ("no model at away/model.safetensors",)),
+    "a hub's name": (("generate", "--model", "org/sd-v1-5"), ("no file or folder org/sd-v1-5; nothing is downloaded",)),
     "misspelt model": (("generate", "--model", "cat-dgo.safetensors"), ("did you mean 'cat-dog.safetensors'?",)),
     "unknown name": (("generate", "--model", "dpm-emoji23"), ("no model or file is called 'dpm-emoji23'",)),
     "empty folder": (("generate", "--model", "empty"), ("empty is empty", "a model is a .safetensors file, a run")),
