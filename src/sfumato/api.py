@@ -175,43 +175,31 @@ class Model:
             steps, sampler, schedule, guidance: None for the model's own defaults; `sampler` may be a `Solver`. Any
                 program's names will do (`sfumato samplers`, `sfumato schedules`); a sampler's may carry the schedule's.
             guidance_rescale: phi in [0, 1], pulls the spread of guided outputs back (Lin 2023).
-            guidance_interval: noise-to-signal ratios (low, high) within which guidance acts; None for the model's own,
-                which mostly is all.
+            guidance_interval: noise-to-signal ratios (low, high) within which guidance acts; None for the model's own.
             label: a class of a class-conditional model, or several, which the pictures take in turn; "all" is every
                 class in turn; None leaves the class open.
             width, height: in pixels; None for the map's, else the model's own. Pixel-space models draw that only.
             dialect: how brackets and weights in prompts are read (a1111, comfy, compel, plain), for CLIP text towers.
             clip_skip: how many of the text tower's last layers are left out (0: none), of both prompts.
-            variation: a second seed, towards whose noise each picture's own is turned by `variation_strength` in
-                [0, 1] of the angle between them, 0.1 if it is not given.
+            variation: a second seed, towards whose noise each picture's own is turned by `variation_strength` (0.1).
             towards, towards_seed: a second prompt, a second seed: the `count` pictures lead from the first to it in
                 equal steps, all with the one seed `seed`.
-            hires: draw, enlarge by this factor, and draw over it once more with `hires_strength` in (0, 1], 0.5 if it
-                is not given.
+            hires: draw, enlarge by this factor, and draw over it once more with `hires_strength` (0.5).
             layout: boxes `{"label": …, "box": [x, y, width, height]}` in fractions of the picture, or their JSON file.
             map: a class for every pixel, a PNG with a palette or of grey values, for models that read maps.
-            fast: lossy savings: a level (`backends.fast.LEVELS`) or the savings themselves; None for the exact picture.
-                A level's interval of guidance gives way to `guidance_interval`.
+            fast: lossy savings: a level (`backends.fast.LEVELS`, whose interval gives way to the one given) or savings.
             on_step: hook of the sampling loop, `(x, level, prediction, noise) -> x`, for each batch called before its
                 first step, with no prediction (None), and after every step. None for `x` leaves it as it is.
             on_plan: told once, before the first step, how many steps there will be in all.
 
         Returns:
-            RGB (or grey) pictures; `picture.info["sfumato"]` holds the settings that made each, `picture.save` writes
-            them along.
+            RGB (or grey) pictures; the settings that made each are in `picture.info["sfumato"]`, and saved with it.
 
         Raises:
             UserError: for anything the model cannot do, in one sentence.
         """
-        check_types(
-            count=count, seed=seed, steps=steps, width=width, height=height, clip_skip=clip_skip, variation=variation,
-            towards_seed=towards_seed, guidance=guidance, guidance_rescale=guidance_rescale, hires=hires,
-            variation_strength=variation_strength, hires_strength=hires_strength, negative=negative, towards=towards,
-            schedule=schedule, dialect=dialect, sampler=sampler,
-        )  # fmt: skip
-        for what, other in (("variation", variation), ("hires", hires)):
-            if other is None and {"variation": variation_strength, "hires": hires_strength}[what] is not None:
-                raise UserError(f"{what}_strength does nothing without {what}; give that too, or leave it out")
+        check_types(locals())
+        _refuse_strength_alone(variation=(variation, variation_strength), hires=(hires, hires_strength))
         texts, names = self._texts(prompt, count), self._named(label)
         words: dict[str, Any] = {"dialect": dialect, "clip_skip": clip_skip} | _places(layout, map)
         if map is not None:
@@ -225,8 +213,7 @@ class Model:
         self._refuse_what_does_not_apply(asked[0], width, height)
         how = Guidance(guidance, guidance_rescale, guidance_interval)
         settings = self._settings(steps, sampler, schedule, how, asked[0], width, height)
-        again = 0.5 if hires_strength is None else hires_strength
-        settings |= _second_pass(self.system, hires, again, settings, words.get("map"))
+        settings |= _second_pass(self.system, hires, hires_strength, settings, words.get("map"))
         settings |= self._savings(fast, settings, sampler, how)
         return self._all(asked, names, seed, settings, sampler, on_step, on_plan, same=way)
 
@@ -272,11 +259,7 @@ class Model:
         The rest is as in `generate`; `steps` are those of the whole way, of which `strength` takes its part. Settings
         name the picture by path and hash and do not hold it.
         """
-        check_types(
-            count=count, seed=seed, steps=steps, clip_skip=clip_skip, noise_level=noise_level, guidance=guidance,
-            guidance_rescale=guidance_rescale, strength=strength, upscale=upscale, negative=negative,
-            schedule=schedule, dialect=dialect, sampler=sampler,
-        )  # fmt: skip
+        check_types(locals())
         enlarges = scale_of(self.system)
         if upscale is not None and enlarges != 1:
             if upscale != enlarges:
@@ -571,6 +554,12 @@ class Model:
                 raise UserError(f"{what} must be 8 to 4096 pixels, got {size}")
 
 
+def _refuse_strength_alone(**given: tuple[float | None, float | None]) -> None:
+    for what, (value, strength) in given.items():
+        if value is None and strength is not None:
+            raise UserError(f"{what}_strength does nothing without {what}; give that too, or leave it out")
+
+
 def _name_of(model: Drawing, solver: Solver[Any]) -> str:
     """The name by which this model would choose that very solver, else how it is written in Python."""
     return next((name for name in SOLVERS if choose_solver(model, name) == solver), repr(solver))
@@ -597,10 +586,11 @@ def _on_the_way(
 
 
 def _second_pass(
-    system: Drawing, scale: float | None, strength: float, settings: Mapping[str, Any], classes: ClassMap | None
+    system: Drawing, scale: float | None, given: float | None, settings: Mapping[str, Any], classes: ClassMap | None
 ) -> dict[str, Any]:
     """The settings of a second pass at a larger size, none where none is asked: what the first one draws, and the size
     of the result. A map must be of the picture's size, and cannot be followed at another."""
+    strength = 0.5 if given is None else given
     width, height = settings["width"], settings["height"]
     if classes is not None and classes.size != (width, height):
         raise UserError(f"the map is {classes.size[0]} x {classes.size[1]} pixels, the picture {width} x {height}")

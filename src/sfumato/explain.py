@@ -10,7 +10,7 @@ Each function returns a matplotlib `Figure` (`pip install sfumato[explain]`); `s
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -209,34 +209,56 @@ def _weights(axes: Axes, path: Schedule, name: str) -> None:
 
 
 def loss(run: Path) -> Figure:
-    """A run's loss over its steps, and its last loss by noise level, training and validation."""
+    """A run's loss over its steps and, where the run knows noise levels, at first, halfway and at last by them."""
     file = run / "metrics.jsonl"
     if not file.is_file():
         raise UserError(f"{run} has no metrics.jsonl; it is not a training run, or has not logged yet")
-    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    records = list(_whole_records(file))
     train = [r for r in records if "loss" in r]
     held_out = [r for r in records if "validation_loss" in r]
     if not train:
         raise UserError(f"{file} holds no losses yet")
-    figure, rows = _figure(1, 2, 10, 3.6)
-    over_time, by_level = rows[0]
-    over_time.plot([r["step"] for r in train], [r["loss"] for r in train], alpha=0.6, label="training")
+    levelled = [r for r in train if r.get("loss_by_level")]
+    figure, rows = _figure(1, 2 if levelled else 1, 10 if levelled else 5, 3.6)
+    over_time = rows[0][0]
+    over_time.plot([r["step"] for r in train], [_number(r["loss"]) for r in train], alpha=0.6, label="training")
     if held_out:
-        points = [r["step"] for r in held_out], [r["validation_loss"] for r in held_out]
+        points = [r["step"] for r in held_out], [_number(r["validation_loss"]) for r in held_out]
         over_time.plot(*points, "o-", markersize=3, label="held out, averaged weights")
     over_time.set_yscale("log")
     over_time.set_xlabel("step")
     over_time.set_ylabel("loss")
     over_time.legend(fontsize=8)
+    if levelled:
+        _losses_by_level(rows[0][1], levelled)
+    return figure
+
+
+def _whole_records(file: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; a crash may have cut one off, which is passed over."""
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "step" in record:
+            yield record
+
+
+def _number(value: float | None) -> float:
+    """A recorded figure; not a number where none was."""
+    return float("nan") if value is None else value
+
+
+def _losses_by_level(by_level: Axes, train: Sequence[Mapping[str, Any]]) -> None:
     edges = [-4.0, *LEVEL_EDGES, 4.0]
     centres = [(a + b) / 2 for a, b in pairwise(edges)]
     for record in (train[0], train[len(train) // 2], train[-1]):
-        values = [float("nan") if v is None else v for v in record["loss_by_level"]]
+        values = [_number(v) for v in record["loss_by_level"]]
         by_level.plot(centres, values, "o-", markersize=3, label=f"step {record['step']}")
     by_level.set_xlabel("half log SNR (left: mostly noise)")
     by_level.set_ylabel("unweighted loss")
     by_level.legend(fontsize=8)
-    return figure
 
 
 def solvers(

@@ -11,6 +11,8 @@ said.
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,18 +25,30 @@ from PIL import Image
 from sfumato import models
 from sfumato.api import Model, load
 from sfumato.checkpoints import hashes
+from sfumato.diffusion.solvers import find
 from sfumato.errors import UserError
-from sfumato.images import read_settings
+from sfumato.images import encode_picture, read_settings
 from sfumato.networks.attention import KERNELS
+from sfumato.tasks import stored
 from sfumato.tasks.original import Given
+
+_SUFFIX = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp"}
+_OBJECT = re.compile(r"<.*>|[\w.<>]+\(.*\)", re.DOTALL)  # how Python shows one
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """A regenerated picture, its settings in `.info`, and what is not as it was, in words (empty: same bytes)."""
+    """A regenerated picture.
+
+    Attributes:
+        picture: itself, its settings in `.info`.
+        differences: what is not as it was, in words.
+        same_pixels: whether the file holds exactly this picture, as far as the file's format can hold it.
+    """
 
     picture: Image.Image
     differences: list[str]
+    same_pixels: bool
 
 
 def replay(
@@ -55,7 +69,7 @@ def replay(
         allow_pickle: whether the model may be a `.ckpt`.
 
     Raises:
-        UserError: no settings, another program's settings, or a model that is missing or another one.
+        UserError: no settings, damaged ones, another program's, or a model that is missing or another one.
     """
     settings = _own_settings(Path(path))
     then = settings["made_with"]
@@ -63,7 +77,7 @@ def replay(
         opened = _model_of(settings, model, vae, Path(path), allow_pickle)
         picture = opened.redraw(settings, pictures)
         now = picture.info["sfumato"]["made_with"]
-    return Replayed(picture, differences(then, now))
+    return Replayed(picture, differences(then, now), _holds(Path(path), picture))
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -73,6 +87,14 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for key in sorted(then.keys() | now.keys())
         if then.get(key) != now.get(key)
     ]
+
+
+def _holds(path: Path, picture: Image.Image) -> bool:
+    """Whether a file's pixels are those that the picture has when it is written in the file's format."""
+    with Image.open(path) as old:
+        written = io.BytesIO(encode_picture(picture, _SUFFIX[str(old.format)], {}))
+        with Image.open(written) as new:
+            return old.size == new.size and old.convert("RGB").tobytes() == new.convert("RGB").tobytes()
 
 
 def _own_settings(path: Path) -> dict[str, Any]:
@@ -88,7 +110,22 @@ def _own_settings(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} was not drawn by Sfumato ({version}); its settings can be read with `sfumato info`, not replayed"
         )
+    stored.check(settings, str(path))
+    _check_sampler(settings["sampler"], path)
     return settings
+
+
+def _check_sampler(name: str, path: Path) -> None:
+    """Refuse what is no sampler's name: an unknown one, and how Python shows a solver object."""
+    try:
+        find(name)
+    except UserError:
+        if _OBJECT.fullmatch(name) is None:
+            raise
+        raise UserError(
+            f"{path} was drawn with a solver object, {name[:80]}, which its settings do not hold; "
+            "only its maker's code can draw it again"
+        ) from None
 
 
 def _model_of(
@@ -139,7 +176,7 @@ def _stage_of(told: Any, named: str | Path | None, path: Path) -> str | Path | N
 def _threads(count: Any) -> Iterator[None]:
     """Compute with as many threads as then; the number changes how sums are split."""
     before = torch.get_num_threads()
-    if isinstance(count, int) and 1 <= count <= 1024:
+    if type(count) is int and 1 <= count <= 1024:
         torch.set_num_threads(count)
     try:
         yield

@@ -351,6 +351,34 @@ def test_a_truncated_archive(tmp_path: Path, keep: int) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("content", [b"", b"damaged", bytes(64), b"<html>", bytes(range(1, 200))])
+@pytest.mark.parametrize(("name", "allow"), [("m.ckpt", False), ("m.ckpt", True), ("m.safetensors", True)])
+def test_what_is_neither_is_told_as_such(content: bytes, name: str, allow: bool, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelFileError, match=rf"{name} is neither a safetensors file nor a checkpoint of torch"):
+        open_tensors(tmp_path / name, allow_pickle=allow)
+
+
+def test_a_file_that_says_it_is_safetensors_is_told_as_such(tmp_path: Path) -> None:
+    (tmp_path / "m.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ModelFileError, match=r"m\.safetensors is not a safetensors file"):
+        open_tensors(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("content", [{"a": 1}, [1.5, "x"], {"a": {1, 2}}, {"a": torch.ones(1)}], ids=str)
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_plain_pickle_is_refused_in_our_words(content: Any, protocol: int, tmp_path: Path) -> None:
+    (tmp_path / "m.ckpt").write_bytes(pickle.dumps(content, protocol=protocol))
+    with pytest.raises(ModelFileError) as error:
+        load(str(tmp_path / "m.ckpt"))
+    said = str(error.value)
+    assert said.startswith(("is refused: ", "is refused by the restricted unpickler (", "is damaged, or no checkpoint"))
+    for foreign in ("file an issue", "Weights only", "weights_only", "torch.load", "\n"):
+        assert foreign not in said
+    if protocol >= 4:
+        assert "it is a pickle with an instruction (149) that torch writes into no checkpoint" in said
+
+
 # --- the process
 
 

@@ -105,6 +105,8 @@ def test_a_model_of_pixels_and_a_first_stage_become_folders(sources: Path, work:
         (("SRC", "taken", "--to", "diffusers"), "taken exists already; choose another name"),
         (("SRC", "taken.safetensors", "--to", "single-file"), "taken.safetensors exists already"),
         (("SRC", "new.ckpt", "--to", "single-file"), "its name must end in .safetensors"),
+        (("SRC", "new.safetensors", "--to", "diffusers"), "new.safetensors: this layout is a folder, so its name"),
+        (("SRC", "new.CKPT", "--to", "diffusers"), "new.CKPT: this layout is a folder"),
         (("SRC", "empty", "--to", "single-file"), "must end in .safetensors"),
         (("SRC", "new", "--to", "diffusers", "--dtype", "float61"), "unknown dtype 'float61'"),
         (("SRC", "new", "--to", "diffusers", "--prediction", "x0"), "unknown prediction 'x0'"),

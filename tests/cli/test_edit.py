@@ -169,6 +169,103 @@ def test_previews_are_written_step_by_step(here: Path, files: Path, succeed: Cal
     assert array(here / "seen/003.png").ndim == 3
 
 
+def test_previews_replace_nothing_unasked(here: Path, files: Path, run: Callable, succeed: Callable) -> None:
+    options = ("a hat", "--model", files / "sd1.safetensors", "--seed", 1, *STEPS, "--previews", "seen")
+    (here / "seen").mkdir()
+    (here / "seen/notes.png").write_bytes(b"mine")
+    succeed("generate", *options, "--out", "a.png")
+    kept = (here / "seen/002.png").read_bytes()
+    for command in (("generate", *options), ("edit", files / "photo.png", *options)):
+        refused = run(*command, "--out", "b.png")
+        assert refused.code == 2 and "seen holds previews already (001.png); choose another" in refused.err
+        assert "tensors used" not in refused.err, "it is told before the model is opened"
+    assert (here / "seen/002.png").read_bytes() == kept and not (here / "b.png").exists()
+    succeed("generate", *options, "--negative", "a cat", "--out", "b.png", "--overwrite")
+    assert (here / "seen/002.png").read_bytes() != kept and (here / "seen/notes.png").read_bytes() == b"mine"
+    for where in (("--out", "seen"), ("--out", "seen/100.png")):
+        refused = run("generate", *options, *where, "--overwrite")
+        assert refused.code == 2 and "the same names in seen" in refused.err
+
+
+@pytest.mark.parametrize("option", ["picture", "mask", "depth", "map"])
+def test_what_is_edited_is_not_written_over(here: Path, files: Path, run: Callable, option: str) -> None:
+    for name in ("photo", "mask", "depth"):
+        (here / f"{name}.png").write_bytes((files / f"{name}.png").read_bytes())
+    (here / "out").mkdir()
+    (here / "out/7.png").write_bytes((here / "photo.png").read_bytes())
+    given = {"picture": (), "mask": ("--mask", "out/7.png"), "depth": ("--depth", "out/7.png")}
+    first = "out/7.png" if option == "picture" else "photo.png"
+    edit = ("edit", first, "a hat", *given.get(option, ())) if option != "map" else ("generate", "--map", "out/7.png")
+    before = (here / "out/7.png").read_bytes()
+    for where in (("--out", "out", "--seed", 7), ("--out", here / "out/7.png")):
+        refused = run(*edit, "--model", files / "sd1.safetensors", *where, "--overwrite")
+        says = "map of depths" if option == "depth" else option
+        assert refused.code == 2 and f"7.png is the {says} itself, which a replay needs again" in refused.err
+        assert "tensors used" not in refused.err
+    assert (here / "out/7.png").read_bytes() == before
+
+
+def test_a_replay_does_not_write_over_the_original(here: Path, files: Path, run: Callable, succeed: Callable) -> None:
+    (here / "photo.png").write_bytes((files / "photo.png").read_bytes())
+    succeed("edit", "photo.png", "a hat", "--model", files / "sd1.safetensors", "--seed", 1, *STEPS, "--out", "a.png")
+    refused = run("replay", "a.png", "--original", "photo.png", "--out", "photo.png", "--overwrite")
+    assert refused.code == 2 and "photo.png is the original itself" in refused.err
+    assert (here / "photo.png").read_bytes() == (files / "photo.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--guidance-interval", "abc"), "--guidance-interval takes two numbers, LOW,HIGH; got 'abc'"),
+        (("--seed", 2**63), "--seed: a seed must be at least 0 and below 2^63, got 9223372036854775808"),
+        (("--seed", 2**63 - 1), "seed must be at least 0 and below 2^63, got 9223372036854775807"),
+        (("--seed", "9" * 5000), "--seed: '99999"),
+        (("--out", ""), "--out: '' is neither a file nor a folder"),
+        (("--out", "-"), "--out: '-' is neither a file nor a folder (standard output takes no pictures)"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("command", ["generate", "edit"])
+def test_what_needs_no_model_is_told_before_it_is_opened(
+    here: Path, files: Path, run: Callable, command: str, options: tuple[object, ...], sentence: str
+) -> None:
+    first = (files / "photo.png",) if command == "edit" else ()
+    refused = run(command, *first, "a hat", "--model", files / "sd1.safetensors", *options)
+    assert refused.code == 2 and refused.err.startswith(f"sfumato: {sentence}") and len(refused.err) < 300
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--variation", "--towards-seed"])
+def test_second_seeds_have_the_same_range(here: Path, files: Path, run: Callable, option: str) -> None:
+    refused = run("generate", "a hat", "--model", files / "sd1.safetensors", "--count", 2, option, 10**30)
+    assert refused.code == 2 and refused.err.startswith(f"sfumato: {option}: a seed must be at least 0 and below 2^63")
+
+
+@pytest.mark.parametrize("place", ["picture", "--mask", "--depth"])
+@pytest.mark.parametrize("missing", ["nowhere.png", "text.png"])
+def test_pictures_are_read_before_the_model(here: Path, files: Path, run: Callable, place: str, missing: str) -> None:
+    (here / "text.png").write_text("no picture")
+    picture, options = (missing, ()) if place == "picture" else (files / "photo.png", (place, missing))
+    refused = run("edit", picture, "a hat", "--model", files / "sd1.safetensors", *options)
+    assert refused.code == 2 and len(refused.err.splitlines()) == 1 and missing in refused.err
+
+
+def test_a_shape_in_the_alpha_of_a_mask_is_told(here: Path, files: Path, run: Callable) -> None:
+    shape = np.zeros((50, 70, 4), dtype=np.uint8)
+    shape[10:30, 20:50, 3] = 255
+    Image.fromarray(shape).save(here / "mask.png")
+    refused = run("edit", files / "photo.png", "a hat", "--mask", "mask.png", "--model", files / "sd1.safetensors")
+    assert refused.code == 2 and "transparency is not read" in refused.err.splitlines()[-1]
+
+
+def test_noise_beyond_what_an_upscaler_knows(here: Path, files: Path, run: Callable) -> None:
+    for level in (1000, 2000):
+        refused = run("edit", files / "photo.png", "a hat", "--noise-level", level, "--model",
+                      files / "sd-x4-upscaler.safetensors", *STEPS, "--out", "a.png")  # fmt: skip
+        assert refused.code == 2 and f"got noise level {level}" in refused.err.splitlines()[-1]
+        assert not (here / "a.png").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

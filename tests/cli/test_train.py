@@ -109,6 +109,17 @@ def test_skip_bad_lists_what_was_left_out(place: Path, succeed: Callable) -> Non
     assert sorted(line.split(":")[0] for line in lines) == ["cat/small.png", "dog/cut.png"]
 
 
+def test_check_leaves_bad_pictures_out_where_that_is_asked_for(place: Path, run: Callable, succeed: Callable) -> None:
+    shutil.copytree("pictures", "some")
+    tiny.picture(99, size=4).save("some/cat/small.png")
+    refused = run("check", "tiny.yaml", "--data", "some")
+    assert refused.code == 2 and "--skip-bad" in refused.err and "data.upscale=true" in refused.err
+    done = succeed("check", "tiny.yaml", "--data", "some", "--skip-bad")
+    assert "1 picture is bad and left out: cat/small.png: " in done.out and "quarantine" not in done.out
+    done = succeed("train", "tiny.yaml", "--data", "some", "--out", "mine", "--skip-bad", "--dry-run")
+    assert "left out: cat/small.png: " in done.out and not (place / "mine").exists()
+
+
 def test_parquet_trains_too(place: Path, succeed: Callable) -> None:
     succeed("train", "tiny.yaml", "--data", tiny.PARQUET, "--out", "mine", "data.label=group", "train.steps=1")
     assert len(open_system(place / "mine/model.safetensors").system.config.labels) == 8

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 
+from sfumato.diffusion import grid as grids
 from sfumato.diffusion.grid import GRIDS
-from sfumato.diffusion.solvers import SOLVERS, find
+from sfumato.diffusion.solvers import SOLVERS, Euler, find, method, registry
 from sfumato.errors import UserError
 
 DIFFUSERS: dict[str, str] = {
@@ -199,3 +203,56 @@ def test_what_is_no_sampler_is_refused_in_a_sentence(name: str, words: str) -> N
     with pytest.raises(UserError, match=words) as caught:
         find(name)
     assert "\n" not in str(caught.value)
+
+
+# --- one's own -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def registered() -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
+    """The tables of samplers, put back afterwards."""
+    table, known = dict(SOLVERS), dict(registry._NAMES._canonical)
+    yield SOLVERS, registry._NAMES._canonical
+    SOLVERS.clear()
+    SOLVERS.update(table)
+    registry._NAMES._canonical = known
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("euler", "Mine"),
+        ("ddim", "DDIM"),
+        ("mine", "Heun"),
+        ("mine", "Mine", "k_euler"),
+        ("Euler", "Mine"),
+        ("mine", "Mine", "other of mine", "DPM++ 2M"),
+    ],
+)
+def test_a_taken_name_registers_nothing(names: tuple[str, ...], registered: Any) -> None:
+    before = dict(SOLVERS), dict(registry._NAMES._canonical)
+    with pytest.raises(ValueError, match="belongs to .* already"):
+        method(*names)(type("Mine", (Euler,), {}))
+    assert (SOLVERS, registry._NAMES._canonical) == before
+    assert find("euler")[0].make is Euler and find("k_euler")[0].name == "euler"
+
+
+def test_the_same_class_defined_anew_takes_its_place(registered: Any) -> None:
+    first, second = (type("Mine", (Euler,), {"version": version}) for version in (1, 2))
+    method("mine", "Mine", "my old name")(first)
+    assert find("MY-old-name")[0].make is first
+    method("mine", "Mine", "my new name")(second)
+    assert find("mine")[0].make is second and find("my new name")[0].make is second
+    with pytest.raises(UserError, match="unknown sampler 'my old name'"):
+        find("my old name")
+    with pytest.raises(ValueError, match="sampler name 'mine' belongs to Mine already"):
+        method("mine", "Mine")(type("Others", (Euler,), {}))
+    assert find("mine")[0].make is second
+
+
+def test_a_taken_name_of_a_grid_registers_nothing() -> None:
+    before = dict(GRIDS), dict(grids._NAMES._canonical)
+    for names in (("karras", "Mine"), ("mine", "Karras"), ("mine", "Mine", "SGM Uniform")):
+        with pytest.raises(ValueError, match="belongs to .* already"):
+            grids.spacing(*names)(lambda schedule, steps: [])
+    assert before == (GRIDS, grids._NAMES._canonical)

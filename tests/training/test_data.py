@@ -290,6 +290,46 @@ def test_bad_metadata_is_named(tmp_path: Path, line: str, message: str) -> None:
         opened(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("rows", "line", "count"),
+    [("p/00.png,a red, round heart\n", 2, 3), ("p/00.png,\"a red, round heart\"\np/01.png\n", 3, 1)],
+)
+def test_csv_rows_with_other_fields_than_the_header_are_refused(
+    tmp_path: Path, rows: str, line: int, count: int
+) -> None:
+    write_folder(tmp_path / "p", 2)
+    (tmp_path / "metadata.csv").write_text("file_name,text\n" + rows)
+    said = f"line {line}: the header names 2 fields, this row has {count}; put quotes around text with commas"
+    with pytest.raises(DataError, match=f"metadata.csv {said}"):
+        opened(tmp_path)
+
+
+def test_empty_cells_and_caption_files_are_missing_values(tmp_path: Path) -> None:
+    write_folder(tmp_path / "p", 2)
+    (tmp_path / "metadata.csv").write_text('file_name,text,kind\np/00.png,"one, two",\n\np/01.png, ,b\n')
+    train = opened(tmp_path, caption=None)
+    assert [record.columns for record in train.records] == [
+        {"folder": "p", "text": "one, two"}, {"folder": "p", "kind": "b"},
+    ]  # fmt: skip
+    with pytest.raises(DataError, match="1 of 2 pictures in .* have no caption .*first: p/01.png"):
+        opened(tmp_path)
+    (tmp_path / "p" / "01.txt").write_text(" \n")
+    with pytest.raises(DataError, match="1 of 2 pictures in .* have no caption .*first: p/01.png"):
+        opened(tmp_path)
+    (tmp_path / "p" / "01.txt").write_text("two\n")
+    assert opened(tmp_path).caption_of(1) == "two"
+
+
+def test_captions_count_as_far_as_they_are_asked_for(tmp_path: Path) -> None:
+    folder = Path(write_folder(tmp_path / "p", 2))
+    (folder / "00.txt").write_text("zero")
+    some, none = (open_data(DataConfig(path=str(folder), size=8), captions)[0] for captions in ("some", "none"))
+    assert [record.columns.get("text") for record in some.records] == ["zero", None] and some.caption_of(0) is None
+    assert [record.columns.get("text") for record in none.records] == [None, None]
+    with pytest.raises(DataError, match="caption column 'txt' is not in"):
+        open_data(DataConfig(path=str(folder), size=8, caption="txt"), "none")
+
+
 def test_parquet_with_hugging_face_images() -> None:
     train = opened(TINY, 32, label="group")
     assert len(train) == 64 and train.labels == sorted(train.labels) and len(train.labels) > 3
@@ -388,7 +428,7 @@ def test_missing_columns_and_splits(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="3 of 5 pictures in .* have no label .*first: 00.png"):
         opened(folder, label="folder")
     (tmp_path / "f" / "02.txt").write_text("x")
-    with pytest.raises(DataError, match="4 of 5 pictures .* have no caption .*set caption to null"):
+    with pytest.raises(DataError, match="4 of 5 pictures .* have no caption .*data.caption=null"):
         opened(folder)
     assert opened(folder, caption=None).caption_of(2) is None
 

@@ -23,6 +23,7 @@ from sfumato.systems.codec import CodecSystem
 from sfumato.systems.latent import Latent, LatentConfig
 from sfumato.training import cache, recipes, run, state
 from sfumato.training.captions import Captions, columns_of, spoken
+from sfumato.training.recipes import conditions
 from sfumato.training.recipes.latent import LatentRecipe
 
 from .. import tiny
@@ -123,7 +124,7 @@ def test_unknown_columns_are_refused_with_the_nearest(data: Path) -> None:
     task = task_for(recipe_for(data, "pixels"))
     with pytest.raises(DataError, match=r"column 'txet'.*did you mean 'text'.*columns: kind, tags, text"):
         Captions(task.data, ["{txet}"])
-    with pytest.raises(DataError, match="00.png in .* has no caption by any template"):
+    with pytest.raises(DataError, match="4 of 12 pictures in .* have no caption by any template .*: 00.png; 03.png"):
         Captions(task.data, ["{tags}"])
 
 
@@ -134,7 +135,7 @@ def test_unreadable_captions_are_left_out(data: Path) -> None:
         return [word for word in text.split() if word in ("one", "fish")]
 
     captions = Captions(task.data, ["{text}", "{tags} thing"])
-    with pytest.raises(DataError, match=r"01.png in .* can read: of 'blue fish' it cannot read 'fish'"):
+    with pytest.raises(DataError, match=r"4 of 12 .* can read .*: 01.png \('fish' of 'blue fish'\); 04.png"):
         captions.leave_out(unreadable)
     assert captions.rows[2] == [["red tree"], ["one thing", "two thing"]]  # nothing was changed
     assert captions.leave_out(lambda text: [w for w in unreadable(text) if w == "one"]) == ["one thing"]
@@ -143,6 +144,57 @@ def test_unreadable_captions_are_left_out(data: Path) -> None:
     assert captions.leave_out(lambda text: ["blue"] if "blue fish" in text else [], pictures_too=True) == ["blue fish"]
     assert len(captions.rows) == len(task.data) == count - 2
     assert [r.columns["text"] for r in task.data.records].count("blue fish") == 0
+
+
+def test_pictures_without_a_caption_are_left_out_where_that_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    described = rows(10)
+    for row in described[2:8]:
+        row["text"] = ""
+    pictures = write_rows(tmp_path / "some", described)
+    values = latent_settings(pictures, "pixels", conditions={"text": JOINT}, train={"steps": 1})
+    with pytest.raises(DataError, match="6 of 10 pictures .* no caption .*: 02.png; 03.png; .*; 06.png; and 1 more$"):
+        run.train(latent_recipe(values), tmp_path / "run", device=CPU)
+    values["data"]["skip_bad"] = True
+    assert run.train(latent_recipe(values), tmp_path / "run", device=CPU) == "finished"
+    said = capsys.readouterr().out
+    expected = "6 pictures without a caption that can be read are left out: 02.png, 03.png, 04.png, 05.png, 06.png"
+    assert f"{expected} and 1 more" in said
+    for row in described:
+        row["text"] = ""
+    write_rows(pictures, described)
+    with pytest.raises(DataError, match="10 of 10 pictures"):
+        run.train(latent_recipe(values), tmp_path / "other", device=CPU)
+
+
+@needs_minilm
+def test_captions_that_minilm_cannot_read_are_counted(tmp_path: Path) -> None:
+    described = rows(9)
+    for row in described[1:4]:
+        row["text"] = "心"
+    pictures = write_rows(tmp_path / "mixed", described)
+    values = latent_settings(pictures, "pixels", conditions={"text": {"kind": "minilm"}})
+    said = r"3 of 9 pictures .*skip_bad=true.*conditions.text.kind=joint .*: 01.png \('心' of '心'\); 02.png .*; 03.png"
+    with pytest.raises(DataError, match=said):
+        task_for(latent_recipe(values))
+    values["data"]["skip_bad"] = True
+    assert len(task_for(latent_recipe(values)).data) == 6
+
+
+def test_a_joint_text_of_no_given_size_is_small(data: Path) -> None:
+    def network(**said: Any) -> dict[str, Any]:
+        text = {"kind": "joint", "network": said}
+        found = recipe_for(data, "pixels", conditions={"text": text})
+        kinds = conditions.kinds_of(found.conditions)
+        outline = conditions.described(kinds, conditions.Frame(1, 3, 16), None)["text"]["network"]
+        return {name: outline[name] for name in (*conditions.JointlyTrainedText.small, "max_position_embeddings")}
+
+    small = {"d_model": 256, "encoder_layers": 4, "encoder_attention_heads": 4, "head_dim": 64, "encoder_ffn_dim": 1024}
+    assert network() == small | {"max_position_embeddings": 77}
+    assert network(max_position_embeddings=9, dropout=0.0) == small | {"max_position_embeddings": 9}
+    published = {"encoder_layers": 32, "encoder_ffn_dim": 5120, "encoder_attention_heads": 8, "head_dim": 64}
+    assert network(d_model=64) == published | {"d_model": 64, "max_position_embeddings": 77}
 
 
 @needs_minilm
@@ -508,6 +560,7 @@ UNCONDITIONAL = {
         ({"conditions": {"text": JOINT | {"dropout": 1.5}}}, "conditions.text.dropout: .*got 1.5"),
         ({"conditions": {"text": {"kind": "joint", "network": {"d_modle": 8}}}}, "did you mean 'd_model'"),
         ({"conditions": {"text": {"kind": "joint", "network": {"vocab_size": 8}}}}, "vocab_size follows from"),
+        ({"data": {"path": ".", "size": 16, "label": "kind"}}, "no condition reads the classes of data.label=kind"),
         ({"objective": {"loss": "l3"}}, "l3"),
         ({"model": {"network": {"block_out_chanels": [8]}}}, "did you mean 'block_out_channels'"),
         ({"model": {"network": {"sample_size": 8}}}, "network.sample_size follows from"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -219,8 +222,141 @@ def test_bad_pictures_are_listed(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
     values["data"]["skip_bad"] = True
     _, said = train(recipe_from(values), tmp_path / "run")
-    assert "1 pictures are bad and left out; they are listed in quarantine.txt" in said
-    assert (tmp_path / "run" / "quarantine.txt").read_text().startswith("bird/bad.png: ")
+    quarantine = tmp_path / "run" / "quarantine.txt"
+    assert f"1 picture is bad and left out; see {quarantine}" in said
+    assert quarantine.read_text().startswith("bird/bad.png: ")
+
+
+def test_where_no_list_is_written_bad_pictures_are_named(tmp_path: Path) -> None:
+    pictures = write_pictures(tmp_path / "pictures")
+    for i in range(7):
+        (pictures / "bird" / f"bad{i}.png").write_bytes(b"not a picture")
+    values = settings(pictures, steps=1)
+    values["data"]["skip_bad"] = True
+    _, said = train(recipe_from(values), tmp_path / "run", dry_run=True)
+    assert said[0].startswith("7 pictures are bad and left out: bird/bad0.png: not a picture")
+    assert said[0].endswith("; and 2 more") and "bad4.png" in said[0] and "bad5.png" not in said[0]
+    rehearsed: list[str] = []
+    run.rehearse(recipe_from(values), device=CPU, say=rehearsed.append)
+    assert rehearsed[0] == said[0]
+
+
+# --- one at a time, and where it can be written
+
+
+def test_a_run_that_is_being_trained_is_refused(tmp_path: Path, data: Path) -> None:
+    pytest.importorskip("fcntl")
+    seen: list[str] = []
+
+    def try_again(_: str) -> None:
+        if not seen:
+            with pytest.raises(UserError) as refused:
+                train(recipe(data), tmp_path / "run")
+            seen.append(str(refused.value))
+            assert train(recipe(data), tmp_path / "run", dry_run=True)[0] == "dry run"
+
+    assert run.train(recipe(data), tmp_path / "run", device=CPU, say=try_again) == "finished"
+    assert seen[0].startswith(f"{tmp_path / 'run'} is being trained by process {os.getpid()}; ")
+    assert train(recipe(data), tmp_path / "run")[0] == "finished"
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_a_killed_process_holds_nothing(tmp_path: Path, data: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "run").mkdir()
+    code = (
+        "import fcntl, os, sys\n"
+        "file = open(sys.argv[1], 'w')\n"
+        "fcntl.flock(file, fcntl.LOCK_EX)\n"
+        "print(os.getpid(), file=file, flush=True)\n"
+        "print('held', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run" / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"is being trained by process {other.pid}"):
+            train(recipe(data), tmp_path / "run")
+        other.kill()
+    assert (tmp_path / "run" / ".lock").exists() and fcntl
+    assert train(recipe(data), tmp_path / "run")[0] == "finished"
+
+
+def test_without_locks_runs_are_trained_all_the_same(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "fcntl", None)
+    assert train(recipe(data), tmp_path / "run")[0] == "finished"
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_a_lock_that_its_holder_has_just_removed_is_taken_anew(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    flock, calls = fcntl.flock, []
+
+    def removed_meanwhile(file: int, how: int) -> None:
+        calls.append(how)
+        if len(calls) == 1:
+            (tmp_path / "run" / ".lock").unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", removed_meanwhile)
+    assert train(recipe(data), tmp_path / "run")[0] == "finished"
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_folder_that_cannot_be_written_is_refused_before_data_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dry_run: bool
+) -> None:
+    nothing = recipe(tmp_path / "no pictures here")
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(UserError, match="deep/run cannot be made: .*file is a file"):
+        train(nothing, tmp_path / "file" / "deep" / "run", dry_run=dry_run)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    for folder in (tmp_path, tmp_path / "new" / "run"):
+        with pytest.raises(UserError, match=f"cannot be written: {tmp_path} is not writable"):
+            train(nothing, folder, dry_run=dry_run)
+    assert (tmp_path / "file").read_text() == "precious" and not (tmp_path / "new").exists()
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no pictures here"):
+        train(recipe(tmp_path / "no pictures here"), tmp_path / "deep" / "run")
+    assert not (tmp_path / "deep").exists()
+
+
+def test_fewer_steps_than_are_done_are_refused(tmp_path: Path, data: Path) -> None:
+    train(recipe(data, steps=3), tmp_path / "run")
+    before = contents(tmp_path / "run")
+    with pytest.raises(UserError, match=r"step-00000003 is at step 3 already, more than train.steps=2;"):
+        train(recipe(data, steps=2), tmp_path / "run")
+    assert contents(tmp_path / "run") == before
+
+
+# --- captions and options that a recipe does not read
+
+
+def test_captions_that_nobody_reads_are_in_nobodys_way(tmp_path: Path) -> None:
+    pictures = write_pictures(tmp_path / "pictures")
+    (pictures / "bird" / "00.txt").write_text("a bird")
+    assert train(recipe(pictures), tmp_path / "run", dry_run=True)[0] == "dry run"
+    (pictures / "fish" / "01.txt").write_bytes(b"caf\xe9")
+    assert train(recipe(pictures), tmp_path / "run", dry_run=True)[0] == "dry run"
+    values = settings(pictures)
+    values["data"]["label"] = "text"
+    with pytest.raises(UserError, match="01.txt cannot be read as UTF-8 text"):
+        train(recipe_from(values), tmp_path / "run", dry_run=True)
+
+
+def test_what_needs_classes_is_refused_without(tmp_path: Path) -> None:
+    load(tmp_path, GOOD)
+    load(tmp_path, GOOD, "label_dropout=0.2", "model.sampling.guidance=2", "data.label=folder")
+    for key in ("label_dropout", "model.sampling.guidance"):
+        with pytest.raises(UserError, match=f"{key} is for classes, but there are none"):
+            load(tmp_path, GOOD, f"{key}=0.5")
 
 
 # --- recipes

@@ -668,6 +668,47 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, data: Path) -> None:
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_other_signals_save_too_however_often_they_come(tmp_path: Path, data: Path, name: str) -> None:
+    number = getattr(signal, name, None)
+    if number is None:
+        pytest.skip(f"there is no {name} here")
+    trainer = line_trainer(data, tmp_path, steps=50)
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, number)}
+    one_step = trainer._one_step
+
+    def told_twice(*args: Any) -> float:
+        if trainer.step == 3:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+        return one_step(*args)
+
+    trainer._one_step = told_twice  # type: ignore[method-assign]
+    trainer.train()
+    newest = state.newest(tmp_path)
+    assert newest is not None and newest.name == "step-00000004" and trainer.step == 4
+    assert {n: signal.getsignal(n) for n in before} == before
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path: Path, data: Path) -> None:
+    if not hasattr(signal, "SIGHUP"):
+        pytest.skip("there is no SIGHUP here")
+    trainer = line_trainer(data, tmp_path)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    one_step = trainer._one_step
+
+    def hung_up(*args: Any) -> float:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return one_step(*args)
+
+    trainer._one_step = hung_up  # type: ignore[method-assign]
+    try:
+        trainer.train()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert trainer.step == 8
+
+
 def test_stopping_just_after_a_save_does_not_save_again(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

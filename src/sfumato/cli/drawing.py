@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sfumato.cli.options import number, whole
+from sfumato.cli.options import number, seed_number, whole
 from sfumato.errors import UserError, raise_unknown
 
 if TYPE_CHECKING:
@@ -26,13 +27,23 @@ if TYPE_CHECKING:
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
+_FRAME = re.compile(r"\d{3,}\.png")
+
+
+def place(text: str | Path) -> Path:
+    """A parser of where pictures go: a file or a folder."""
+    if str(text) in ("", "-"):
+        raise typer.BadParameter(f"{str(text)!r} is neither a file nor a folder (standard output takes no pictures)")
+    return Path(text)
+
+
 # --- options ---------------------------------------------------------------------------------------------------------
 
 ModelName = Annotated[
     str | None, typer.Option(help="A name from `sfumato models ls`, a file, a run or a folder. [best in the box]")
 ]
 Seed = Annotated[
-    int | None, typer.Option(parser=whole(0), metavar="N", help="Of the first picture; picture i has seed + i.")
+    int | None, typer.Option(parser=seed_number, metavar="N", help="Of the first picture; picture i has seed + i.")
 ]
 Count = Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Pictures (of each prompt).")]
 Steps = Annotated[int | None, typer.Option(parser=whole(1), metavar="N", help="Sampling steps. [the model's own]")]
@@ -80,7 +91,12 @@ Backend = Annotated[str, typer.Option(help="Who computes the networks: auto (tor
 Offload = Annotated[
     str, typer.Option(help="Weights that rest in the CPU's memory, for a small GPU: auto, never, networks or blocks.")
 ]
-Out = Annotated[Path, typer.Option(help="FILE.png for one picture or a sheet; a folder takes <seed>.png.")]
+Out = Annotated[
+    Path,
+    typer.Option(
+        parser=place, metavar="PATH", help="FILE.png for one picture or a sheet; a folder takes <seed>.png."
+    ),
+]
 Sheet = Annotated[bool, typer.Option("--sheet", help="One contact sheet of all pictures.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Describe what was made as JSON.")]
@@ -163,8 +179,35 @@ class Destination:
         """Whether it is a file."""
         return self.out.suffix.lower() in _SUFFIXES
 
-    def check(self) -> None:
-        """Refuse an impossible destination before anything is loaded."""
+    def check(self, seed: int | None, previews: Path | None, given: Mapping[str, Path | None]) -> None:
+        """Refuse what is impossible before anything is loaded.
+
+        Args:
+            seed: of the first picture, where it was said.
+            previews: the folder of previews.
+            given: files that pictures are made from, by what they are; none of them may be written over.
+        """
+        self._check_out()
+        if seed is not None and seed >= 2**63 - self.total:
+            raise UserError(f"seed must be at least 0 and below 2^63, got {seed}")
+        if seed is not None or self.single:
+            refuse_inputs(self.paths(seed or 0), given)
+        if previews is not None:
+            self._check_previews(previews)
+
+    def _check_previews(self, folder: Path) -> None:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file, not a folder")
+        own = self.out.parent if self.single else self.out
+        if folder.resolve() == own.resolve() and (not self.single or _FRAME.fullmatch(self.out.name)):
+            raise UserError(f"previews and pictures would have the same names in {folder}; choose another --previews")
+        frames = sorted(one.name for one in folder.glob("*.png") if _FRAME.fullmatch(one.name))
+        if frames and not self.overwrite:
+            raise UserError(
+                f"{folder} holds previews already ({frames[0]}); choose another --previews, or add --overwrite"
+            )
+
+    def _check_out(self) -> None:
         out = self.out
         if out.suffix and not self.single and not out.is_dir():
             raise UserError(f"{out}: pictures are written as {', '.join(_SUFFIXES)}; without an ending it is a folder")
@@ -217,6 +260,14 @@ def _refuse_existing(paths: list[Path]) -> None:
             raise UserError(f"{path} exists already; choose another --out, or add --overwrite")
 
 
+def refuse_inputs(paths: list[Path], given: Mapping[str, Path | None]) -> None:
+    """Refuse to write over files that pictures are made from (by what they are)."""
+    for path in paths:
+        for what, source in given.items():
+            if source is not None and path.exists() and source.exists() and path.samefile(source):
+                raise UserError(f"{path} is the {what} itself, which a replay needs again; choose another --out")
+
+
 # --- drawing and writing ---------------------------------------------------------------------------------------------
 
 
@@ -250,8 +301,6 @@ def _previewing(model: Model, folder: Path | None, advance: Any) -> Iterator[Any
     from sfumato.diffusion.hooks import chain
     from sfumato.images import save_picture
 
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file, not a folder")
     folder.mkdir(parents=True, exist_ok=True)
 
     def show(step: int, picture: Image.Image) -> None:

@@ -101,7 +101,7 @@ def edit(
 ) -> None:
     """Change a picture: towards a prompt, within a mask or a box, beyond its border, or larger."""
     where = Destination(out, count * max(1, len(prompt or [])), sheet, overwrite)
-    where.check()
+    where.check(seed, previews, {"picture": picture, "mask": mask, "map of depths": depth})
     options: dict[str, Any] = {
         "mask": mask, "box": drawing.numbers(box, "--box", "X,Y,W,H"),
         "outpaint": drawing.numbers(outpaint, "--outpaint", "L,T,R,B"), "strength": strength, "depth": depth,
@@ -110,6 +110,7 @@ def edit(
         "guidance_interval": drawing.interval(guidance_interval), "negative": negative, "label": label,
         "dialect": dialect, "clip_skip": clip_skip, "fast": fast,
     }  # fmt: skip
+    _check_pictures(picture, options)
     if model is None and not prompt and _only_enlarges(options):
         model = ENLARGES
     opened = drawing.opened(
@@ -121,6 +122,13 @@ def edit(
         print(f"note: {remark}", file=sys.stderr)
     draw = partial(opened.edit, picture, prompt or None, seed=first, **options)
     drawing.make(draw, opened, where, first, as_json, previews)
+
+
+def _check_pictures(picture: Path, options: dict[str, Any]) -> None:
+    """Refuse pictures that cannot be read or do not fit each other before the model is opened."""
+    from sfumato.tasks.original import Original
+
+    Original.of(picture, **{name: options[name] for name in ("mask", "box", "outpaint", "depth")})
 
 
 def _only_enlarges(options: dict[str, Any]) -> bool:

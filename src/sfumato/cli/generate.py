@@ -45,7 +45,7 @@ from sfumato.cli.drawing import (
     Tiles,
     Vae,
 )
-from sfumato.cli.options import number, whole
+from sfumato.cli.options import number, seed_number, whole
 
 
 def generate(
@@ -66,7 +66,7 @@ def generate(
     dialect: Dialect = None,
     clip_skip: ClipSkip = None,
     variation: Annotated[
-        int | None, typer.Option(parser=whole(0), metavar="SEED", help="A second seed to turn each picture's noise to.")
+        int | None, typer.Option(parser=seed_number, metavar="SEED", help="A second seed to turn the noise to.")
     ] = None,
     variation_strength: Annotated[
         float | None, typer.Option(parser=number(0), metavar="S", help="How far it is turned, 0 to 1. [0.1]")
@@ -75,7 +75,7 @@ def generate(
         str | None, typer.Option(help="A second prompt: the --count pictures lead from the first to it.")
     ] = None,
     towards_seed: Annotated[
-        int | None, typer.Option(parser=whole(0), metavar="N", help="The same for a second seed.")
+        int | None, typer.Option(parser=seed_number, metavar="N", help="The same for a second seed.")
     ] = None,
     hires: Annotated[
         float | None, typer.Option(parser=number(1), metavar="X", help="Enlarge by X and draw over it once more.")
@@ -109,7 +109,8 @@ def generate(
     """Draw new pictures."""
     same = towards is not None or towards_seed is not None
     where = Destination(out, count * max(1, len(prompt or [])), sheet, overwrite, same)
-    where.check()
+    where.check(seed, previews, {"map": classes, "layout": layout})
+    span = drawing.interval(guidance_interval)
     opened = drawing.opened(
         model, device=device, dtype=dtype, vae=vae, prediction=prediction, ema=ema, allow_pickle=allow_pickle,
         tiles=tiles, backend=backend, offload=offload,
@@ -117,7 +118,7 @@ def generate(
     first = drawing.first_seed(seed, as_json)
     options: dict[str, Any] = {
         "count": count, "steps": steps, "sampler": sampler, "schedule": schedule, "guidance": guidance,
-        "guidance_rescale": guidance_rescale, "guidance_interval": drawing.interval(guidance_interval),
+        "guidance_rescale": guidance_rescale, "guidance_interval": span,
         "negative": negative, "label": label, "width": width, "height": height, "dialect": dialect,
         "clip_skip": clip_skip, "variation": variation, "variation_strength": variation_strength, "towards": towards,
         "towards_seed": towards_seed, "hires": hires, "hires_strength": hires_strength, "fast": fast,

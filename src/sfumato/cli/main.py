@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+from contextlib import suppress
 from typing import Any
 
 import typer
@@ -62,7 +63,11 @@ def _version(version: bool = typer.Option(False, "--version", help="Show the ver
 
 
 def main() -> None:
-    """Run the command and exit: 0 done, 2 a user's error, in one sentence on stderr, 130 interrupted."""
+    """Run the command and exit.
+
+    0: done. 2: a user's error, in one sentence on stderr. 3: the model computed values that are not finite, so there is
+    no picture. 130: interrupted. 141: who reads the output has gone.
+    """
     try:
         code = app(prog_name="sfumato", standalone_mode=False)
     except UserError as error:
@@ -79,7 +84,8 @@ def main() -> None:
         where = f"{error.filename}: " if error.filename is not None else ""
         code = _refuse(f"{where}{explain_os_error(error)}")
     if code == 130:
-        print("sfumato: interrupted", file=sys.stderr)
+        with suppress(OSError):  # the terminal may have gone
+            print("sfumato: interrupted", file=sys.stderr)
     sys.exit(code or 0)
 
 

@@ -2,6 +2,8 @@
 
 >>> whole(1)("12"), number(0)("1.5")
 (12, 1.5)
+>>> seed_number("3")
+3
 >>> whole(1)("banana")  # doctest: +IGNORE_EXCEPTION_DETAIL
 Traceback (most recent call last):
     ...
@@ -26,10 +28,18 @@ def whole(least: int) -> Callable[[str | int], int]:
         try:
             value = int(text)
         except ValueError:
-            raise typer.BadParameter(f"{text!r} is not a whole number") from None
+            raise typer.BadParameter(f"{text!r:.60} is not a whole number") from None
         return _at_least(value, least)
 
     return parse
+
+
+def seed_number(text: str | int) -> int:
+    """A parser of seeds: whole numbers from 0, below 2^63; anything else is a `typer.BadParameter`."""
+    value = whole(0)(text)
+    if value >= 2**63:
+        raise typer.BadParameter(f"a seed must be at least 0 and below 2^63, got {value}")
+    return value
 
 
 def number(least: float) -> Callable[[str | float], float]:

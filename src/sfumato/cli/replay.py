@@ -7,12 +7,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sfumato.cli import drawing
 from sfumato.cli.drawing import AllowPickle
 from sfumato.errors import UserError
+
+if TYPE_CHECKING:
+    from sfumato.replay import Replayed
 
 
 def replay(
@@ -35,9 +39,25 @@ def replay(
 
     given = {"picture": original, "mask": mask, "depth": depth, "map": classes}
     pictures = {name: place for name, place in given.items() if place is not None}
+    drawing.refuse_inputs([out], {"original" if name == "picture" else name: p for name, p in pictures.items()})
+    before = picture.read_bytes() if picture.is_file() else b""  # which --out may replace
     again = replaying.replay(picture, model, vae=vae, pictures=pictures, allow_pickle=allow_pickle)
     images.save_picture(again.picture, out, overwrite=overwrite)
     for difference in again.differences:
         print(f"differs: {difference}")
-    same = not again.differences and picture.suffix == out.suffix and picture.read_bytes() == out.read_bytes()
-    print(f"{out}: {'the same bytes' if same else 'the nearest picture'}")
+    print(f"{out}: {_verdict(picture, before, out, again)}")
+
+
+def _verdict(picture: Path, before: bytes, out: Path, again: Replayed) -> str:
+    """How near the new file is to what the old one held, and why no nearer where nothing known differs."""
+    if out.read_bytes() == before:
+        return "the same bytes"
+    if again.same_pixels:
+        jpeg = [path.suffix.lower() in (".jpg", ".jpeg") for path in (picture, out)]
+        return "the same picture, but for the loss of JPEG" if jpeg[0] != jpeg[1] else "the same pixels"
+    if again.differences:
+        return "the nearest picture"
+    return (
+        "the nearest picture; its pixels differ although nothing known does, so the settings were edited, or it was "
+        "drawn with code that settings do not hold"
+    )

@@ -63,12 +63,14 @@ def check(
     data: Annotated[Path | None, typer.Option(help="Folder of pictures, or a parquet file.")] = None,
     codec: Annotated[str | None, typer.Option(help="A first stage's run, file or name.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad pictures out and name them.")] = False,
 ) -> None:
     """Rehearse a run: open every picture, train, validate, sample, save, resume and finish, once each."""
     from sfumato.backends.devices import choose_device
     from sfumato.training import recipes, run
 
-    loaded = recipes.load(recipe, overrides or [], *(str(p) if p is not None else None for p in (data, codec)))
+    given = [*(overrides or []), *(["data.skip_bad=true"] if skip_bad else [])]
+    loaded = recipes.load(recipe, given, *(str(p) if p is not None else None for p in (data, codec)))
     run.rehearse(loaded, device=None if device == "auto" else choose_device(device))
 
 

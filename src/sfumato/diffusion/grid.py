@@ -78,12 +78,15 @@ _NAMES = Names("schedule")
 def spacing(name: str, title: str, *aliases: str, **options: Any) -> Callable[[GridFunction], GridFunction]:
     """Decorator: make a grid function known under a name and what other programs call it.
 
-    One function may be several spacings, with different options. A name or alias that is taken raises `ValueError`.
+    One function may be several spacings, with different options. A name or alias that is taken raises `ValueError`;
+    the same function defined anew takes its own place.
     """
 
     def register(make: GridFunction) -> GridFunction:
-        GRIDS[name] = Spacing(name, title, aliases, make, options)
+        if name in GRIDS:
+            _NAMES.check_free(name, GRIDS[name].make, make)
         _NAMES.add(name, title, *aliases)
+        GRIDS[name] = Spacing(name, title, aliases, make, options)
         return make
 
     return register

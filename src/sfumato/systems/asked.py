@@ -53,6 +53,8 @@ class Asked:
         for name, share in (("share", self.share), ("strength", self.strength)):
             if share is not None and not 0 <= share <= 1:
                 raise UserError(f"the {name} of a mixture must lie in [0, 1], got {share}")
+        if self.variation is not None and not 0 <= self.variation < 2**64:
+            raise UserError(f"a second seed must be at least 0 and below 2^64, got {self.variation}")
         if (self.towards is None) != (self.share is None):
             raise UserError("a second prompt and how far to go towards it belong together")
         if (self.variation is None) != (self.strength is None):
@@ -96,24 +98,25 @@ class Asked:
 
 
 _WHOLE = {"count", "seed", "steps", "width", "height", "clip_skip", "variation", "towards_seed", "noise_level"}
-_TEXT = {"negative", "towards", "schedule", "dialect"}
+_NUMBERS = {"guidance", "guidance_rescale", "variation_strength", "hires", "hires_strength", "strength", "upscale"}
+_TEXTS = {"negative", "towards", "schedule", "dialect"}
 
 
-def check_types(**given: Any) -> None:
-    """Refuse, with a `UserError`, what is of a type that its name does not take; None is taken by all.
+def check_types(given: Mapping[str, Any]) -> None:
+    """Refuse, with a `UserError`, arguments of a type that their names do not take; None is taken by all, and other
+    names are left alone.
 
-    >>> check_types(count=2, guidance=7.5, schedule="karras")
+    >>> check_types({"count": 2, "guidance": 7.5, "schedule": "karras"})
     """
     for name, value in given.items():
-        if name == "sampler":
-            if isinstance(value, type):
-                raise UserError(f"sampler is the class {value.__name__}; give a solver, {value.__name__}()")
-            fits, wanted = isinstance(value, str) or hasattr(value, "step"), "a name or a solver"
-        elif name in _TEXT:
-            fits, wanted = isinstance(value, str), "a text"
-        else:
-            kinds = Integral if name in _WHOLE else Real
-            fits = isinstance(value, kinds) and not isinstance(value, bool)
-            wanted = "a whole number" if name in _WHOLE else "a number"
-        if value is not None and not fits:
-            raise UserError(f"{name} must be {wanted}, got {value!r}")
+        if name == "sampler" and isinstance(value, type):
+            raise UserError(f"sampler is the class {value.__name__}; give a solver, {value.__name__}()")
+        number = not isinstance(value, bool)
+        for names, fits, wanted in (
+            ({"sampler"}, isinstance(value, str) or hasattr(value, "step"), "a name or a solver"),
+            (_TEXTS, isinstance(value, str), "a text"),
+            (_WHOLE, number and isinstance(value, Integral), "a whole number"),
+            (_NUMBERS, number and isinstance(value, Real), "a number"),
+        ):
+            if name in names and value is not None and not fits:
+                raise UserError(f"{name} must be {wanted}, got {value!r}")

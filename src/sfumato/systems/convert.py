@@ -33,6 +33,7 @@ from sfumato.systems.latent import Latent, LatentConfig
 from sfumato.systems.stable_diffusion import config_of, write_single_file
 
 FOLDER, FILE = "diffusers", "single-file"
+ENDINGS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 LAYOUTS = (FOLDER, FILE)
 """What a model can be converted to."""
 NO_PLACE = "the layout of single files has no place for it"
@@ -110,6 +111,8 @@ def check_target(target: Path, to: str) -> None:
         raise_unknown("layout", to, LAYOUTS)
     if to == FILE and target.suffix != ".safetensors":
         raise UserError(f"{target}: a single file is written as safetensors, so its name must end in .safetensors")
+    if to == FOLDER and target.suffix.lower() in ENDINGS:
+        raise UserError(f"{target}: this layout is a folder, so its name must not end as a file's does")
     if to == FOLDER and target.is_dir() and not any(target.iterdir()):
         return
     if target.exists() or target.is_symlink():

@@ -91,7 +91,9 @@ class Source:
         if self.mask is not None and not bool(((self.mask >= 0) & (self.mask <= 1)).all()):
             raise UserError("a mask lies in [0, 1]")
         if self.mask is not None and not bool((self.mask > 0).any()):
-            raise UserError("the mask is empty, so there is nothing to redraw (white is redrawn)")
+            raise UserError(
+                "the mask is empty, so there is nothing to redraw (white is redrawn; transparency is not read)"
+            )
 
     @property
     def size(self) -> tuple[int, int]:
@@ -317,6 +319,8 @@ def _small(
         step = min(NOISE_LEVEL, part.most)
     elif part.most < 0:
         raise UserError("this model enlarges pictures without noise; leave the noise level out")
+    elif not 0 <= step <= part.most:
+        raise UserError(f"this model's small picture may have noise from 0 to {part.most}, got noise level {step}")
     if step >= 0:
         level = model.denoiser.schedule.level(torch.tensor(float(step), dtype=torch.float64))
         picture = _noised(picture, noise.draw(), level)

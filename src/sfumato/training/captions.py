@@ -58,19 +58,43 @@ def _filled(template: str, values: Mapping[str, list[str]]) -> list[str]:
 
 
 class Captions:
-    """Every caption of every picture of a set.
+    """Every caption of every picture of a set; with ``skip_bad`` pictures without one are removed from it.
 
     Raises:
-        DataError: when a template names a column that no picture has, or a picture is left without a caption.
+        DataError: when a template names a column that no picture has, or pictures (without ``skip_bad``), or all of
+            them, have no caption.
     """
 
     def __init__(self, pictures: PictureSet, templates: Sequence[str]) -> None:
         self._check(pictures, templates)
         self._pictures = pictures
         self.rows = [spoken(record.columns, templates) for record in pictures.records]
-        for record, row in zip(pictures.records, self.rows, strict=True):
-            if not row:
-                raise DataError(f"{record.key} in {pictures.config.path!r} has no caption by any template")
+        self.dropped: list[str] = []
+        self._drop([i for i, row in enumerate(self.rows) if not row], "have no caption by any template", {})
+
+    def _drop(
+        self, gone: list[int], why: str, said: Mapping[int, str], *, allowed: bool = False, hint: str = ""
+    ) -> None:
+        """Remove pictures from the set and remember their names in `dropped`.
+
+        Raises:
+            DataError: where that is not allowed, by `allowed` or by ``skip_bad``, or none would be left; the first five
+                are named with what is `said` of each.
+        """
+        if not gone:
+            return
+        pictures, count, all_of_them = self._pictures, len(self.rows), len(gone) == len(self.rows)
+        if all_of_them or not (allowed or pictures.config.skip_bad):
+            named = "; ".join(f"{pictures.records[i].key}{said.get(i, '')}" for i in gone[:5])
+            more = f"; and {len(gone) - 5} more" if len(gone) > 5 else ""
+            remedies = [] if all_of_them else ["--skip-bad, or data.skip_bad=true, leaves them out"]
+            ways = "; ".join([*remedies, hint] if hint else remedies)
+            where = f"{len(gone)} of {count} pictures in {pictures.config.path!r}"
+            raise DataError(f"{where} {why}{f' ({ways})' if ways else ''}: {named}{more}")
+        self.dropped += [pictures.records[i].key for i in gone]
+        pictures.leave_out(gone)
+        removed = set(gone)
+        self.rows = [row for i, row in enumerate(self.rows) if i not in removed]
 
     @staticmethod
     def _check(pictures: PictureSet, templates: Sequence[str]) -> None:
@@ -83,26 +107,25 @@ class Captions:
                         f"{pictures.config.path!r}{nearest(name, known)}; columns: {', '.join(known) or 'none'}"
                     )
 
-    def leave_out(self, unreadable: Callable[[str], Sequence[str]], *, pictures_too: bool = False) -> list[str]:
+    def leave_out(
+        self, unreadable: Callable[[str], Sequence[str]], *, pictures_too: bool = False, hint: str = ""
+    ) -> list[str]:
         """Remove captions in which something cannot be read; returns them.
 
         Args:
             unreadable: the words of a text that cannot be read.
-            pictures_too: also remove pictures that are left without a caption from their set.
+            pictures_too: also remove pictures that are left without a caption from their set, as with ``skip_bad``.
+            hint: what else would help, for the error.
 
         Raises:
-            DataError: when a picture that must stay, or every one, is left without a caption, naming the words.
+            DataError: when pictures that must stay, or all, are left without a caption; five are named with the words.
         """
         bad = {text: words for text in sorted(self.texts()) if (words := list(unreadable(text)))}
         kept = [[good for group in row if (good := [t for t in group if t not in bad])] for row in self.rows]
         gone = [i for i, row in enumerate(kept) if not row]
-        if gone and (not pictures_too or len(gone) == len(kept)):
-            first = self.rows[gone[0]][0][0]
-            raise DataError(
-                f"{self._pictures.records[gone[0]].key} in {self._pictures.config.path!r} has no caption that the text "
-                f"encoder can read: of {first!r} it cannot read {', '.join(repr(word) for word in bad[first])}"
-            )
-        self._pictures.leave_out(gone)
+        first = {i: self.rows[i][0][0] for i in gone}
+        said = {i: f" ({', '.join(repr(word) for word in bad[text])} of {text!r})" for i, text in first.items()}
+        self._drop(gone, "have no caption that the text encoder can read", said, allowed=pictures_too, hint=hint)
         self.rows = [row for row in kept if row]
         return list(bad)
 

@@ -43,6 +43,9 @@ from torch import Tensor
 from sfumato.errors import DataError, UserError, nearest
 from sfumato.training.pictures import Fit, Record, decode, find_records, fit_square
 
+CaptionUse = Literal["every", "some", "none"]
+"""Which captions count: every picture must have one where any has; those that are there are read; none is read."""
+
 _DEFAULT_CAPTION, _DEFAULT_SPLIT, _DEFAULT_VALIDATION = "text", "train", "validation"
 
 
@@ -284,7 +287,7 @@ def _column(
     if missing:
         raise DataError(
             f"{len(missing)} of {len(records)} pictures in {config.path!r} have no {role} "
-            f"(column {name!r}; first: {missing[0]}); give them one, or set {role} to null"
+            f"(column {name!r}; first: {missing[0]}); give them one, or say data.{role}=null"
         )
     values = [record.columns[name] for record in records]
     for record, value in zip(records, values, strict=True):
@@ -309,18 +312,26 @@ def _class_names(values: Sequence[Any]) -> list[str]:
 # opening and checking
 
 
-def open_data(config: DataConfig) -> tuple[PictureSet, PictureSet | None]:
+def open_data(config: DataConfig, captions: CaptionUse = "every") -> tuple[PictureSet, PictureSet | None]:
     """The training set and, if any rows are held out, the validation set; both number the classes alike.
 
     Held out are the rows whose ``split`` is ``validation_split``; where there are none,
     ``validation_fraction`` of the rows by a hash of their key, so a picture stays on its side when others are
     added.
 
+    Args:
+        config: what to read.
+        captions: which count; a column that ``config`` names by another name than its default must always be
+            there.
+
     Raises:
         DataError: a missing path, no pictures, an empty split, a missing column, or labels missing on some
             rows.
     """
-    train, held_out = _split(find_records(config.path, config.cache_bytes), config)
+    records = find_records(config.path, config.cache_bytes, caption_files=captions != "none")
+    train, held_out = _split(records, config)
+    if captions != "every" and config.caption == _DEFAULT_CAPTION:
+        config = config.model_copy(update={"caption": None})
     both = train + held_out
     labels = None
     if config.label:
@@ -342,7 +353,7 @@ def _split(records: list[Record], config: DataConfig) -> tuple[list[Record], lis
             )
         if not chosen:
             raise DataError(
-                f"the {role} is {name!r}, but {config.path!r} has no column 'split'; set it to null"
+                f"the {role} is {name!r}, but {config.path!r} has no column 'split'; say data.{role}=null"
             )
         return chosen
 
@@ -363,7 +374,8 @@ def _split(records: list[Record], config: DataConfig) -> tuple[list[Record], lis
         if held_out:
             raise DataError(
                 f"validation_fraction is {config.validation_fraction}, but {config.path!r} names its own "
-                f"{len(held_out)} validation pictures; set that to 0, or validation_split to null"
+                f"{len(held_out)} validation pictures; say "
+                "data.validation_fraction=0, or data.validation_split=null"
             )
         held_out = [r for r in train if _share(r.key) < config.validation_fraction]
         train = [r for r in train if _share(r.key) >= config.validation_fraction]
@@ -414,7 +426,7 @@ def check_all(
     if listed and (not picture_set.config.skip_bad or len(listed) == total):
         named = "; ".join(f"{picture.key}: {picture.reason}" for picture in listed[:5])
         more = f"; and {len(listed) - 5} more" if len(listed) > 5 else ""
-        remedy = "" if len(listed) == total else " (set skip_bad to leave them out)"
+        remedy = "" if len(listed) == total else " (--skip-bad, or data.skip_bad=true, leaves them out)"
         raise DataError(
             f"{len(listed)} of {total} pictures in {picture_set.config.path!r} cannot be used{remedy}: "
             f"{named}{more}"

@@ -184,7 +184,7 @@ def fit_square(image: Image.Image, size: int, fit: Fit, *, upscale: bool = False
     side = max(width, height) if fit == "pad" else min(width, height)
     if side < size and not upscale:
         raise DataError(
-            f"a picture smaller than asked: {width}x{height}, but size is {size} (set upscale to enlarge it)"
+            f"a picture smaller than asked: {width}x{height}, but size is {size} (data.upscale=true enlarges it)"
         )
     if fit == "crop":
         left, top = (width - side) // 2, (height - side) // 2
@@ -212,13 +212,13 @@ def _resize(image: Image.Image, size: tuple[int, int], box: tuple[int, int, int,
 # finding
 
 
-def find_records(path: str, memory: int) -> list[Record]:
+def find_records(path: str, memory: int, *, caption_files: bool = True) -> list[Record]:
     """List the pictures under ``path``, in a fixed order (by name, then by row).
 
     Args:
         path: a folder of pictures (searched through its sub-folders), a parquet file, or a folder of parquet
             files. memory: bytes of encoded parquet pictures to hold in RAM; beyond it they are read by row
-            group when needed.
+            group when needed. caption_files: whether those beside the pictures are read.
 
     Raises:
         DataError: nothing there, no pictures in it, both kinds mixed, or unreadable metadata.
@@ -246,7 +246,7 @@ def find_records(path: str, memory: int) -> list[Record]:
             f"data path {path!r} holds no pictures ({' '.join(sorted(SUFFIXES))}) and no parquet files"
         )
     metadata = [file for file in files if file.name in ("metadata.jsonl", "metadata.csv")]
-    return _folder_records(pictures, metadata, root)
+    return _folder_records(pictures, metadata, root, CAPTION_SUFFIXES if caption_files else ())
 
 
 def _walk(root: Path) -> Iterator[Path]:
@@ -262,7 +262,9 @@ def _walk(root: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
 
 
-def _folder_records(pictures: list[Path], metadata: list[Path], root: Path) -> list[Record]:
+def _folder_records(
+    pictures: list[Path], metadata: list[Path], root: Path, caption_suffixes: tuple[str, ...]
+) -> list[Record]:
     """Records with the columns of ``metadata.jsonl`` or ``.csv``, of caption files and of folder names.
 
     Metadata comes before a caption file (``text``) and before folder names (``split``, ``folder``). The top
@@ -291,9 +293,10 @@ def _folder_records(pictures: list[Path], metadata: list[Path], root: Path) -> l
             columns["split"], folders = SPLIT_NAMES[folders[0].lower()], folders[1:]
         if folders:
             columns["folder"] = folders[0]
-        for suffix in CAPTION_SUFFIXES:
+        for suffix in caption_suffixes:
             if (caption := picture.with_suffix(suffix)).is_file():
-                columns["text"] = _read_text(caption).strip()
+                if text := _read_text(caption).strip():
+                    columns["text"] = text
                 break
         records.append(Record("/".join(part), picture, columns | described.get(name, {})))
     return records
@@ -337,8 +340,7 @@ def _read_metadata(file: Path) -> dict[Path, dict[str, Any]]:
 def _metadata_rows(file: Path) -> Iterator[tuple[int, Any]]:
     """Line number and content of each row of a JSON-lines or CSV file."""
     if file.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(_read_text(file), newline=""))
-        yield from ((reader.line_num, dict(row)) for row in reader)
+        yield from _csv_rows(file)
         return
     for number, line in enumerate(_read_text(file).split("\n"), start=1):
         if line.strip():
@@ -346,6 +348,27 @@ def _metadata_rows(file: Path) -> Iterator[tuple[int, Any]]:
                 yield number, json.loads(line)
             except (json.JSONDecodeError, RecursionError) as error:
                 raise DataError(f"{file} line {number} is not JSON: {error}") from error
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number and filled cells of each row; one with more or fewer fields than the header is refused."""
+    reader = csv.reader(io.StringIO(_read_text(file), newline=""))
+    header: list[str] = []
+    try:
+        for cells in reader:
+            if not cells:
+                continue
+            if not header:
+                header = cells
+                continue
+            if len(cells) != len(header):
+                raise DataError(
+                    f"{file} line {reader.line_num}: the header names {len(header)} fields, this row has {len(cells)}; "
+                    "put quotes around text with commas"
+                )
+            yield reader.line_num, {name: cell for name, cell in zip(header, cells, strict=True) if cell.strip()}
+    except csv.Error as error:
+        raise DataError(f"{file} line {reader.line_num} is not CSV: {error}") from error
 
 
 # ----------------------------------------------------------------------------------------------------------

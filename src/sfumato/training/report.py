@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -46,13 +47,14 @@ class Reporter:
 
     def __init__(self, run: Path, total: int, start: int, *, speaks: bool = True) -> None:
         self.run, self.total, self.start, self.speaks = run, total, start, speaks
+        self._on_terminal, self._gone = sys.stdout.isatty(), False
         self._bar: Any = None
         self._task: Any = None
 
     def __enter__(self) -> Reporter:
         if self.speaks:
             self._drop_lines_after_start()
-        if self.speaks and sys.stdout.isatty():
+        if self.speaks and self._on_terminal:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -65,7 +67,12 @@ class Reporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with suppress(OSError) if self._gone else nullcontext():
+                self._bar.stop()
+
+    def hang_up(self) -> None:
+        """Print nothing more on a terminal, which has gone; `metrics.jsonl` is written all the same."""
+        self._gone = self._on_terminal
 
     def advance(self, step: int) -> None:
         """Move the bar."""
@@ -74,7 +81,7 @@ class Reporter:
 
     def say(self, line: str) -> None:
         """A line for the person."""
-        if not self.speaks:
+        if not self.speaks or self._gone:
             return
         if self._bar is not None:
             self._bar.console.print(line, highlight=False)

@@ -6,27 +6,35 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
 
-from sfumato.checkpoints.io import write_bytes
+from sfumato.checkpoints.io import explain_os_error, write_bytes
 from sfumato.errors import UserError
 from sfumato.systems import open_system
 from sfumato.systems.config import parse
 from sfumato.training import state
 from sfumato.training.config import RESUMABLE_CHANGES
-from sfumato.training.data import PictureSet, check_all, open_data
+from sfumato.training.data import CaptionUse, PictureSet, check_all, open_data
 from sfumato.training.recipes import Recipe, read_yaml, source
 from sfumato.training.recipes.autoencoder import AutoencoderRecipe
+from sfumato.training.recipes.clip import CLIPRecipe
+from sfumato.training.recipes.latent import LatentRecipe
 from sfumato.training.trainer import Trainer
 
-CONFIG, QUARANTINE = "config.yaml", "quarantine.txt"
+try:
+    import fcntl
+except ImportError:  # no such locks on this system, so runs are not guarded there
+    fcntl = None  # type: ignore[assignment]
+
+CONFIG, QUARANTINE, LOCK = "config.yaml", "quarantine.txt", ".lock"
 
 
 def train(
@@ -40,9 +48,11 @@ def train(
 ) -> Literal["finished", "stopped", "dry run"]:
     """Train a recipe into a run folder.
 
+    Ctrl-C, SIGTERM and SIGHUP save and stop: the answer is "stopped" for all of them, and the command's exit code 130.
+
     Args:
         recipe: validated, with its data path.
-        run: created if it does not exist; one that holds another config is refused.
+        run: created if it does not exist; one that holds another config, or is being trained, is refused.
         resume: "auto" goes on from the newest sound checkpoint if there is one; "never" wants an unused folder; or the
             path of a checkpoint to start from.
         dry_run: check everything, say what the run would take, and stop.
@@ -52,6 +62,17 @@ def train(
     Raises:
         UserError: before anything is written, when something does not fit.
     """
+    _check_folder(recipe, run, resume)
+    if dry_run or int(os.environ.get("RANK", "0")) != 0:  # which torchrun gives to each of several processes
+        return _train(recipe, run, resume, dry_run, device, say)
+    with _held(run):
+        return _train(recipe, run, resume, dry_run, device, say)
+
+
+def _train(
+    recipe: Recipe, run: Path, resume: str, dry_run: bool, device: torch.device | None, say: Callable[[str], None]
+) -> Literal["finished", "stopped", "dry run"]:
+    """What `train` does in a folder that nobody else trains in."""
     notes: list[str] = []
     start = _where_to_start(recipe, run, resume, notes.append)
     data, validation, bad = _checked_data(recipe)
@@ -59,12 +80,17 @@ def train(
     if trainer.rank != 0:
         say = _say_nothing
     if bad:
-        say(f"{len(bad)} pictures are bad and left out; they are listed in {QUARANTINE}")
+        say(_left_out(bad, None if dry_run else run / QUARANTINE))
     for note in notes:
         say(f"passed over a damaged checkpoint: {note}")
     if start is not None:
         _check_checkpoint(start, trainer)
         trainer.resume(start)
+        if trainer.step > recipe.train.steps:
+            raise UserError(
+                f"{start} is at step {trainer.step} already, more than train.steps={recipe.train.steps}; "
+                "ask for more steps, or start from an older checkpoint in a new folder (--resume CHECKPOINT)"
+            )
         say(f"going on from {start} at step {trainer.step}")
     _describe(trainer, data, validation, say)
     if dry_run:
@@ -130,15 +156,85 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _left_out(bad: list[str], quarantine: Path | None) -> str:
+    """A sentence on the bad pictures: where they are listed, or the first five where no list is written."""
+    count = f"{len(bad)} pictures are bad and" if len(bad) > 1 else "1 picture is bad and"
+    if quarantine is not None:
+        return f"{count} left out; see {quarantine}"
+    more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
+    return f"{count} left out: {'; '.join(bad[:5])}{more}"
+
+
+@contextmanager
+def _held(run: Path) -> Iterator[None]:
+    """Hold the run's folder, made if there is none, against a second process; folders that stay empty go again.
+
+    The lock ends with the process, however that ends. Where the system or the file system has no locks nothing is held.
+
+    Raises:
+        UserError: when another process trains there, or nothing can be written.
+    """
+    made = [folder for folder in (run, *run.parents) if not folder.exists()]
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = None if fcntl is None else _locked(run)
+    except OSError as error:
+        raise UserError(f"could not write into {run}: {explain_os_error(error)}") from None
+    try:
+        yield
+    finally:
+        if file is not None:
+            (run / LOCK).unlink(missing_ok=True)
+            os.close(file)
+        for folder in made:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+def _locked(run: Path) -> int:
+    """The run's lock file, open and locked, with this process's number in it. Raises as `_held` does."""
+    path = run / LOCK
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            number = os.read(file, 20).decode("ascii", "replace").strip()
+            os.close(file)
+            whose = f"process {number}" if number else "another process"
+            raise UserError(f"{run} is being trained by {whose}; wait for it, or choose another folder") from None
+        except OSError:  # a file system without locks
+            return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), path.stat()):
+                os.ftruncate(file, 0)
+                os.write(file, f"{os.getpid()}\n".encode())
+                return file
+        os.close(file)  # it was removed between the two, by the process that had it
+
+
 def _where_to_start(recipe: Recipe, run: Path, resume: str, note: Callable[[str], object]) -> Path | None:
     """The checkpoint to go on from, None for a fresh start. Refuses folders that hold something else.
 
     `note` is told of damaged checkpoints that were passed over.
     """
+    _check_folder(recipe, run, resume)
+    if resume not in ("auto", "never"):
+        return _checkpoint_at(Path(resume), note)
+    return state.newest(run, note)
+
+
+def _check_folder(recipe: Recipe, run: Path, resume: str) -> None:
+    """Refuse a folder that holds something else, or that cannot be written."""
     if run.exists() and not run.is_dir():
         raise UserError(f"{run} is a file; a run needs a folder")
+    there = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise UserError(f"{run} cannot be made: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{run} cannot be written: {there} is not writable; choose another folder")
     kept = run / CONFIG
-    if not kept.is_file() and run.is_dir() and any(run.iterdir()):
+    if not kept.is_file() and run.is_dir() and any(path.name != LOCK for path in run.iterdir()):
         raise UserError(f"{run} is not empty and is no training run; choose another folder")
     if kept.is_file():
         if resume == "never":
@@ -146,9 +242,6 @@ def _where_to_start(recipe: Recipe, run: Path, resume: str, note: Callable[[str]
                 f"{run} already holds a run; choose another folder, or leave --resume at auto to go on with it"
             )
         _refuse_other_run(kept, recipe)
-    if resume not in ("auto", "never"):
-        return _checkpoint_at(Path(resume), note)
-    return state.newest(run, note)
 
 
 def _refuse_other_run(kept: Path, recipe: Recipe) -> None:
@@ -185,12 +278,21 @@ def _say_nothing(_: str) -> None:
 
 def _checked_data(recipe: Recipe) -> tuple[PictureSet, PictureSet | None, list[str]]:
     """The training and validation pictures, every one of them opened once, and a line on each that is bad."""
-    data, validation = open_data(recipe.data)
+    data, validation = open_data(recipe.data, _caption_use(recipe))
     bad = []
     for pictures in (data, validation):
         if pictures is not None:
             bad += [f"{b.key}: {b.reason}" for b in check_all(pictures)]
     return data, validation, bad
+
+
+def _caption_use(recipe: Recipe) -> CaptionUse:
+    """What a recipe wants of captions, so that those that it does not read stand in nobody's way."""
+    if isinstance(recipe, CLIPRecipe):
+        return "every"
+    told = recipe.conditions.values() if isinstance(recipe, LatentRecipe) else ()
+    named = any(condition.is_text or condition.column == "text" for condition in told)
+    return "some" if named or recipe.data.label == "text" else "none"
 
 
 def _describe(

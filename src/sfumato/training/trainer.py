@@ -353,7 +353,7 @@ class Trainer:
         return Estimate(min(times) * self.config.accumulate, memory, steps)
 
     def train(self) -> None:
-        """Run to the last step, or until asked to stop (Ctrl-C), saving on the way.
+        """Run to the last step, or until asked to stop (Ctrl-C, SIGTERM, SIGHUP), saving on the way.
 
         Raises:
             TrainingFailed: after three steps in a row whose loss or gradient is not finite.
@@ -647,24 +647,33 @@ class Trainer:
 
     @contextmanager
     def _stopping(self, report: Reporter) -> Iterator[None]:
-        """The first Ctrl-C asks for a stop at the end of the step; a second one interrupts at once."""
+        """The first Ctrl-C, SIGTERM or SIGHUP asks for a stop at the end of the step; a Ctrl-C after it interrupts.
 
-        def ask(*_: object) -> None:
-            if self.stop_asked:
+        A signal that is ignored already stays so (SIGHUP, under nohup). All are as they were afterwards.
+        """
+
+        def ask(number: int, _: object) -> None:
+            if self.stop_asked and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self.stop_asked = True
-            with suppress(RuntimeError):  # the signal came in the middle of printing another line
-                report.say("stopping after this step (Ctrl-C again to stop at once, unsaved)")
+            if number not in (signal.SIGINT, signal.SIGTERM):  # that is, SIGHUP
+                report.hang_up()
+            if not self.stop_asked:
+                self.stop_asked = True
+                with suppress(RuntimeError):  # the signal came in the middle of printing another line
+                    report.say("stopping after this step (Ctrl-C again to stop at once, unsaved)")
 
+        wanted = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+        handled = [n for n in wanted if n == signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
         try:
-            before = signal.signal(signal.SIGINT, ask)
-        except ValueError:  # not in the main thread: the caller handles interrupts
+            before = {number: signal.signal(number, ask) for number in handled}
+        except ValueError:  # not in the main thread: the caller handles signals
             yield
             return
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 class Opponent:

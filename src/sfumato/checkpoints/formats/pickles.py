@@ -45,6 +45,7 @@ _SECONDS = 900
 _SPARE_MEMORY = 4 * 2**30  # for the libraries themselves
 _WRAPPERS = ("state_dict", "model_state_dict", "params_ema", "params")
 _NUMBERS = ("global_step",)
+_ENDINGS = (".ckpt", ".bin", ".pt", ".pth")
 
 
 # --- what is a pickle ----------------------------------------------------------------------------------------------
@@ -61,6 +62,12 @@ def is_pickle(path: Path) -> bool:
     return zipped or tarred or (start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"))
 
 
+def _has_header(path: Path) -> bool:
+    """Whether a file begins as a safetensors file does."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
 def open_tensors(path: str | Path, *, allow_pickle: bool = False) -> tuple[TensorFile, tuple[str, ...]]:
     """Open a safetensors file, or a pickle where that is allowed.
 
@@ -74,6 +81,8 @@ def open_tensors(path: str | Path, *, allow_pickle: bool = False) -> tuple[Tenso
     check_is_file(path)
     try:
         if not is_pickle(path):
+            if (allow_pickle or path.suffix.lower() in _ENDINGS) and not _has_header(path):
+                raise ModelFileError(f"{path} is neither a safetensors file nor a checkpoint of torch, or damaged")
             return TensorFile.open(path), ()
     except OSError as error:
         raise ModelFileError(f"{path} cannot be read: {explain_os_error(error)}") from None
@@ -260,9 +269,11 @@ def _why(message: str) -> str:
         return f"is refused: it asks for {asked[1]}, which no weights need"
     if "TorchScript" in message:
         return "is refused: it is a TorchScript program and no checkpoint"
-    lines = [line.strip() for line in message.splitlines() if "WeightsUnpickler error" in line]
-    reason = (lines or message.strip().splitlines() or ["the unpickler stopped"])[0]
-    return f"is refused by the restricted unpickler ({reason.removeprefix('WeightsUnpickler error: ')[:200]})"
+    odd = re.search(r"Unsupported operand (\d+)", message)
+    if odd is not None:
+        return f"is refused: it is a pickle with an instruction ({odd[1]}) that torch writes into no checkpoint"
+    said = message.rpartition("WeightsUnpickler error:")[2].strip() or "the unpickler stopped"
+    return f"is refused by the restricted unpickler ({said.splitlines()[0][:200]})"
 
 
 def tensors_of(content: Any, *, size: int) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:

@@ -82,12 +82,15 @@ def method(
 ) -> Callable[[SolverClass], SolverClass]:
     """Class decorator: make a solver known under a name and what other programs call it.
 
-    One class may be several methods, with different options. A name or alias that is taken raises `ValueError`.
+    One class may be several methods, with different options. A name or alias that is taken raises `ValueError`, and
+    nothing is registered then; the same class defined anew (by its module and name) takes its own place.
     """
 
     def register(cls: SolverClass) -> SolverClass:
-        SOLVERS[name] = Method(name, title, aliases, cls, options, evaluations, stochastic, schedule)
+        if name in SOLVERS:
+            _NAMES.check_free(name, SOLVERS[name].make, cls)
         _NAMES.add(name, title, *aliases)
+        SOLVERS[name] = Method(name, title, aliases, cls, options, evaluations, stochastic, schedule)
         return cls
 
     return register

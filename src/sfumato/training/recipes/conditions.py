@@ -58,7 +58,8 @@ class ConditionRecipe(Strict):
         captions: for text: templates over columns, of which one is drawn each time a picture is shown.
         dropout: share of pictures shown the null instead, for classifier-free guidance.
         folder: of clip.
-        network: fields of `TextTransformerConfig`, for joint, less `vocab_size`.
+        network: fields of `TextTransformerConfig`, for joint, less `vocab_size`; a small one where none says its size
+            (`JointlyTrainedText.small`), else its own defaults for what is not said.
         width: of tokens; beside a text they take the text's.
         scale: how much smaller than the picture the one is that a network enlarges.
         form: how that is shown (`conditioners.shown.LowResolution`); None for "upsampled" where there is no codec, else
@@ -243,6 +244,16 @@ class Text(Kind):
 
     def prepare(self, sets: Sequence[PictureSet]) -> None:
         self.captions = {id(pictures): Captions(pictures, self.recipe.captions) for pictures in sets}
+        self._tell_of_pictures()
+
+    def _tell_of_pictures(self) -> None:
+        """Say which pictures have been left out, if any have."""
+        keys = [key for captions in self.captions.values() for key in captions.dropped]
+        for captions in self.captions.values():
+            captions.dropped = []
+        if keys:
+            names = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+            print(f"{len(keys)} pictures without a caption that can be read are left out: {names}")
 
     def texts(self) -> set[str]:
         """All captions of all sets."""
@@ -268,7 +279,9 @@ class MiniLMText(Text):
     def prepare(self, sets: Sequence[PictureSet]) -> None:
         super().prepare(sets)
         pieces = MiniLM().pieces
-        _tell(text for captions in self.captions.values() for text in captions.leave_out(pieces.unreadable))
+        hint = f"conditions.{self.name}.kind=joint learns words of any language"
+        _tell(text for captions in self.captions.values() for text in captions.leave_out(pieces.unreadable, hint=hint))
+        self._tell_of_pictures()
 
     def outline(self, frame: Frame) -> dict[str, Any]:
         return MiniLM().describe()
@@ -294,6 +307,10 @@ class JointlyTrainedText(Text):
     """A transformer trained with the rest, whose words are those of the training captions."""
 
     options = frozenset({"captions", "network"})
+    small: ClassVar[Mapping[str, int]] = {
+        "d_model": 256, "encoder_layers": 4, "encoder_attention_heads": 4, "head_dim": 64, "encoder_ffn_dim": 1024,
+    }  # fmt: skip
+    """The network where the recipe says nothing of its size: 3 million weights beside those of the words."""
 
     @property
     def width(self) -> int:  # type: ignore[override]
@@ -303,8 +320,10 @@ class JointlyTrainedText(Text):
         """The text transformer for these words, without weights. Raises `UserError` for unknown keys."""
         if "vocab_size" in self.recipe.network:
             raise UserError("vocab_size follows from the captions; leave it out")
+        said = self.recipe.network
+        size = {} if said.keys() & self.small.keys() else self.small
         with torch.device("meta"):
-            return JointText(words, TextTransformerConfig.from_dict({**self.recipe.network, "vocab_size": words.size}))
+            return JointText(words, TextTransformerConfig.from_dict({**size, **said, "vocab_size": words.size}))
 
     def prepare(self, sets: Sequence[PictureSet]) -> None:
         super().prepare(sets)
@@ -313,6 +332,7 @@ class JointlyTrainedText(Text):
         for pictures in others:
             captions = self.captions[id(pictures)]
             _tell(captions.leave_out(lambda text: list(spelling(text, self.words.words)), pictures_too=True))
+        self._tell_of_pictures()
 
     def outline(self, frame: Frame) -> dict[str, Any]:
         return self._encoder(WordVocabulary(())).describe()

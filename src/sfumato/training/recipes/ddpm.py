@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from sfumato.diffusion.objective import Loss
+from sfumato.errors import UserError
 from sfumato.images import sheet, to_pil
 from sfumato.networks.unet_2d import UNet2DModel, init_zero_outputs
 from sfumato.systems.asked import Asked
@@ -23,6 +24,8 @@ from sfumato.systems.ddpm import DDPM, DDPMConfig, objective_from
 from sfumato.tasks.draw import draw
 from sfumato.training.config import TrainConfig
 from sfumato.training.data import Batch, DataConfig, PictureSet
+
+_DROPOUT = 0.1
 
 
 class DDPMModelConfig(Strict):
@@ -53,7 +56,7 @@ class DDPMRecipe(Strict):
     data: DataConfig
     model: DDPMModelConfig = DDPMModelConfig()
     objective: dict[str, Any] = Field(default_factory=dict)
-    label_dropout: float = Field(default=0.1, ge=0, le=1)
+    label_dropout: float = Field(default=_DROPOUT, ge=0, le=1)
     train: TrainConfig = TrainConfig()
 
     def task(self, data: PictureSet, validation: PictureSet | None) -> DDPMTask:
@@ -62,8 +65,20 @@ class DDPMRecipe(Strict):
 
     def check(self) -> None:
         """Refuse a model or an objective that cannot be built; no weights are made. Raises `UserError`."""
+        if self.data.label is None:
+            self._refuse_what_needs_classes()
         model = DDPM.create(self.model_for(()), "meta")
         objective_from(self.objective).check(model.denoiser)
+
+    def _refuse_what_needs_classes(self) -> None:
+        """Raise `UserError` for settings that would do nothing without classes."""
+        guidance = self.model.sampling.guidance
+        for name, idle in (
+            ("label_dropout", self.label_dropout == _DROPOUT),
+            ("model.sampling.guidance", guidance == SamplingConfig().guidance),
+        ):
+            if not idle:
+                raise UserError(f"{name} is for classes, but there are none; name their column in data.label")
 
     def model_for(self, labels: Sequence[str]) -> DDPMConfig:
         """The config of the model that this recipe trains on data with these classes."""

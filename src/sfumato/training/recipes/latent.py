@@ -31,7 +31,7 @@ from sfumato.systems.asked import Asked
 from sfumato.systems.codec import CodecConfig, CodecSystem
 from sfumato.systems.config import PredictionConfig, SamplingConfig, ScheduleConfig, Strict, parse
 from sfumato.systems.ddpm import objective_from
-from sfumato.systems.latent import TEXT, Latent, LatentConfig
+from sfumato.systems.latent import LABEL, TEXT, Latent, LatentConfig
 from sfumato.tasks.draw import draw
 from sfumato.training.cache import LatentCache, full_precision
 from sfumato.training.config import TrainConfig
@@ -84,6 +84,11 @@ class LatentRecipe(Strict):
         """Refuse a codec that cannot be opened, a model or an objective that cannot be built. Raises `UserError`."""
         objective = objective_from(self.objective)
         kinds = kinds_of(self.conditions)
+        if self.data.label is not None and not any(kind.reads == LABEL for kind in kinds.values()):
+            raise UserError(
+                f"no condition reads the classes of data.label={self.data.label}; say conditions.label.kind=label, "
+                "or data.label=null"
+            )
         stage = self.stage()
         if stage.config.channels != self.data.channels:
             raise UserError(f"the codec takes {stage.config.channels} channels, data.channels is {self.data.channels}")
