@@ -234,7 +234,8 @@ class Trainer:
         self.accelerator = _accelerator(device)
         self.rank = self.accelerator.process_index if self.accelerator else 0
         self.world = self.accelerator.num_processes if self.accelerator else 1
-        self.device = self.accelerator.device if self.accelerator else device or default_device()
+        place = self.accelerator.device if self.accelerator else device or default_device()
+        self.device = torch.device("cpu") if place.type == "cpu" else place  # to "cpu:0" tensors are copied every time
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         task.network.to(self.device).to(memory_format=layout)  # type: ignore[call-overload]
         if config.compile:
