@@ -178,7 +178,8 @@ def test_what_cannot_be_had_is_refused(tmp_path: Path, way: str) -> None:
         sfumato.load(path, device="cpu", offload=way)
     with pytest.raises(UserError, match="^offload is for a GPU; on the CPU"):
         Model(Opened(ddpm(), Path(), ""), "m", device="cpu", offload=way)
-    for command in (["generate"], ["edit", path], ["bench", "--dtype", "float32"]):
+    tiny.picture(1, size=8).save(tmp_path / "a.png")
+    for command in (["generate"], ["edit", tmp_path / "a.png"], ["bench", "--dtype", "float32"]):
         result = tiny.run(*command, "--model", path, "--device", "cpu", "--offload", way)
         assert result.code == 2 and "offload is for a GPU" in result.err and len(result.err.splitlines()) == 1
 

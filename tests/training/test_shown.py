@@ -238,7 +238,7 @@ def test_a_level_of_noise_belongs_to_models_that_know_one(pictures: Path) -> Non
         edit(model, Source(torch.zeros(3, 8, 8), noise_level=3), seeds=[0], steps=1)
     noisy = latent_recipe(latent_settings(pictures, "pixels", conditions={"small": SMALL | {"noise": 9}}))
     model = task_for(noisy).model
-    with pytest.raises(UserError, match="a step from 0 to 8"):
+    with pytest.raises(UserError, match="noise from 0 to 8, got noise level 9"):
         edit(model, Source(torch.zeros(3, 8, 8), noise_level=9), seeds=[0], steps=1)
     assert edit(model, Source(torch.zeros(3, 8, 8)), seeds=[0], steps=1).shape == (1, 3, 16, 16)
 

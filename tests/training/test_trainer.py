@@ -674,6 +674,7 @@ def test_other_signals_save_too_however_often_they_come(tmp_path: Path, data: Pa
     if number is None:
         pytest.skip(f"there is no {name} here")
     trainer = line_trainer(data, tmp_path, steps=50)
+    outside = signal.signal(number, signal.SIG_DFL)  # the tests themselves may run under nohup
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, number)}
     one_step = trainer._one_step
 
@@ -684,10 +685,13 @@ def test_other_signals_save_too_however_often_they_come(tmp_path: Path, data: Pa
         return one_step(*args)
 
     trainer._one_step = told_twice  # type: ignore[method-assign]
-    trainer.train()
+    try:
+        trainer.train()
+        assert {n: signal.getsignal(n) for n in before} == before
+    finally:
+        signal.signal(number, outside)
     newest = state.newest(tmp_path)
     assert newest is not None and newest.name == "step-00000004" and trainer.step == 4
-    assert {n: signal.getsignal(n) for n in before} == before
 
 
 def test_a_signal_that_is_ignored_stays_so(tmp_path: Path, data: Path) -> None:
