@@ -9,8 +9,7 @@ Each function returns a matplotlib `Figure` (`pip install sfumato[explain]`); `s
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +33,7 @@ from sfumato.random import NoiseSource
 from sfumato.systems.asked import Asked
 from sfumato.systems.config import ScheduleConfig
 from sfumato.tasks.draw import device_of, guided
+from sfumato.training.report import METRICS, records
 from sfumato.training.trainer import LEVEL_EDGES
 
 if TYPE_CHECKING:
@@ -210,12 +210,12 @@ def _weights(axes: Axes, path: Schedule, name: str) -> None:
 
 def loss(run: Path) -> Figure:
     """A run's loss over its steps and, where the run knows noise levels, at first, halfway and at last by them."""
-    file = run / "metrics.jsonl"
+    file = run / METRICS
     if not file.is_file():
-        raise UserError(f"{run} has no metrics.jsonl; it is not a training run, or has not logged yet")
-    records = list(_whole_records(file))
-    train = [r for r in records if "loss" in r]
-    held_out = [r for r in records if "validation_loss" in r]
+        raise UserError(f"{run} has no {METRICS}; it is not a training run, or has not logged yet")
+    found = records(run)
+    train = [r for r in found if "loss" in r]
+    held_out = [r for r in found if "validation_loss" in r]
     if not train:
         raise UserError(f"{file} holds no losses yet")
     levelled = [r for r in train if r.get("loss_by_level")]
@@ -232,17 +232,6 @@ def loss(run: Path) -> Figure:
     if levelled:
         _losses_by_level(rows[0][1], levelled)
     return figure
-
-
-def _whole_records(file: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a crash may have cut one off, which is passed over."""
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "step" in record:
-            yield record
 
 
 def _number(value: float | None) -> float:

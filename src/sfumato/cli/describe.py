@@ -75,14 +75,14 @@ def _of_picture(file: Path) -> dict[str, Any]:
 def _of_model(file: Path, allow_pickle: bool) -> dict[str, Any]:
     from sfumato.api import weights_of
     from sfumato.systems import open_system
+    from sfumato.training.report import records
     from sfumato.training.run import CONFIG
 
     known: dict[str, Any] = {}
     if file.is_dir() and (file / CONFIG).is_file():
         known["run"] = str(file)
-        metrics = file / "metrics.jsonl"
-        if (last := _last_record(metrics)) is not None:
-            known["last metrics"] = last
+        if found := records(file):
+            known["last metrics"] = found[-1]
     opened = open_system(weights_of(file), allow_pickle=allow_pickle, dtype=None)
     config = opened.system.config.model_dump(mode="json")
     parameters = sum(t.numel() for t in opened.system.tensors().values())
@@ -94,17 +94,6 @@ def _of_model(file: Path, allow_pickle: bool) -> dict[str, Any]:
         left = {reason: len(names) for reason, names in coverage.ignored.items()}
         known["tensors"] = {"used": len(coverage.matched), "left aside": left}
     return known | config
-
-
-def _last_record(metrics: Path) -> Any:
-    """The newest whole line of `metrics.jsonl`, None if there is none; a crash may have cut the last one."""
-    lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.is_file() else []
-    for line in reversed(lines):
-        try:
-            return json.loads(line)
-        except ValueError:
-            continue
-    return None
 
 
 def doctor() -> None:

@@ -126,6 +126,20 @@ class Reporter:
             write_bytes(path, b"".join(kept))
 
 
+def records(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`, none where there is no such file; those that a crash has cut off are passed
+    over."""
+    path, found = run / METRICS, []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "step" in record:
+            found.append(record)
+    return found
+
+
 def _step_of(line: bytes) -> float:
     """The step of a whole line of `metrics.jsonl`; infinity for a torn one."""
     try:
