@@ -9,8 +9,6 @@ import pytest
 import torch
 from hypothesis import settings
 
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="sfumato-tests-")  # not the user's own memory of hashes
-
 settings.register_profile("sfumato", deadline=None, derandomize=True)
 settings.load_profile("sfumato")
 
@@ -30,6 +28,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Not the user's own memory of hashes, and nothing left in the machine's folder for temporary files."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["TMPDIR"] = tempfile.tempdir = str(tmp_path_factory.mktemp("tmp"))
 
 
 @pytest.fixture(autouse=True, scope="session")
