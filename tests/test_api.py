@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -315,3 +316,16 @@ def test_settings_of_the_first_form_are_understood(model: sfumato.Model) -> None
     labels = [said["label"] for said in batch.pop("asked")]
     again = model.redraw(settings | {"batch": batch | {"labels": labels}})
     assert labels == ["cat", "dog"] and again.tobytes() == pictures[1].tobytes()
+
+
+@pytest.mark.parametrize("worked", [True, False])
+def test_names_come_with_the_collector_as_it_was(worked: bool) -> None:
+    """Python's collector rests while they are imported, no longer."""
+    (gc.enable if worked else gc.disable)()
+    try:
+        assert sfumato.GaussianDiffusion.__name__ == "GaussianDiffusion" and gc.isenabled() == worked
+        with pytest.raises(AttributeError, match="Gausian"):
+            sfumato.Gausian  # noqa: B018
+        assert gc.isenabled() == worked
+    finally:
+        gc.enable()

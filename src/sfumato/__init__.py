@@ -30,12 +30,23 @@ __all__ = ["GaussianDiffusion", "Model", "Unet", "UserError", "__version__", "lo
 
 
 def __getattr__(name: str) -> Any:
-    """Public names are imported when they are first used, so that `import sfumato` stays light."""
-    if name not in _PUBLIC:
+    """Public names, and the module `api`, are imported when they are first used, so that `import sfumato` stays light.
+
+    Meanwhile Python's collector of cycles rests: what torch brings stays, and to look through it all again and again
+    takes a tenth of the import.
+    """
+    if name not in _PUBLIC and name != "api":
         raise AttributeError(f"module 'sfumato' has no attribute {name!r}")
+    import gc
     from importlib import import_module
 
-    return getattr(import_module(_PUBLIC[name]), name)
+    worked = gc.isenabled()
+    gc.disable()
+    try:
+        return import_module("sfumato.api") if name == "api" else getattr(import_module(_PUBLIC[name]), name)
+    finally:
+        if worked:
+            gc.enable()
 
 
 def __dir__() -> list[str]:

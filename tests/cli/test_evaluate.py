@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,20 @@ def test_json_has_every_step_and_setting(place: Path, succeed: Any) -> None:
     assert found["settings"] == {
         "model": "cat-dog", "method": "bound", "steps": 5, "variance": "small", "clip": False, "data": "pictures",
         "split": None, "label": "folder", "seed": 0, "pictures": 2, "of": 24,
+        "fit": "crop", "upscale": False, "skip_bad": False,
     }  # fmt: skip
     assert found["deviation"] > 0 and (found["dims"], found["evaluations"]) == (192, 5)
+
+
+def test_bad_pictures_are_told_or_left_out(place: Path, succeed: Any, run: Any) -> None:
+    options = ("evaluate", "bpd", "cat-dog.safetensors", "--data", "some", "--steps", 2, "--json")
+    shutil.copytree("pictures", "some")
+    whole = succeed(*options).json
+    Path("some/empty.png").touch()
+    refused = run(*options)
+    assert refused.code == 2 and "--skip-bad" in refused.err and "empty.png" in refused.err
+    assert succeed(*options, "--skip-bad").json["bits_per_dim"] == whole["bits_per_dim"]
+    assert "fit" in run(*options, "--fit", "squeeze").err
 
 
 def test_the_flow(place: Path, succeed: Any) -> None:

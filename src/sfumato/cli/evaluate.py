@@ -62,6 +62,9 @@ def bits_per_dim(
     probes: Annotated[
         int | None, typer.Option(parser=whole(1), metavar="N", help="flow: directions for each picture. [1]")
     ] = None,
+    fit: evaluate_sets.Fit = "crop",
+    upscale: evaluate_sets.Upscale = False,
+    skip_bad: evaluate_sets.SkipBad = False,
     seed: Annotated[int, typer.Option(parser=whole(0), metavar="N", help="Of all noise.")] = 0,
     batch: Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Pictures at once.")] = 32,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda …")] = "auto",
@@ -70,13 +73,16 @@ def bits_per_dim(
     """Bits per dimension of 8-bit pictures under a model; fewer are better."""
     of_bound, of_flow = {"variance": variance, "no-clip": no_clip or None}, {"tolerance": tolerance, "probes": probes}
     _check(method, steps, of_bound, of_flow)
+    evaluate_sets.check_fit(fit)
     from sfumato import api
     from sfumato.systems.ddpm import DDPM
 
     opened = api.load(model, device=device)
     if not isinstance(opened.system, DDPM):
         raise UserError(f"{opened.name} is a {opened.system.kind} model; bits per dimension need a pixel-space model")
-    found, indices, total = _choose(opened.system, data, split, label, count, seed)
+    found, indices, total = _choose(
+        opened.system, data, split, label, count, seed, {"fit": fit, "upscale": upscale, "skip_bad": skip_bad}
+    )
     pictures, labels = _load(found, indices, label is not None)
     if method == "bound":
         settings: dict[str, Any] = {"steps": steps, "variance": variance, "clip": not no_clip}
@@ -92,6 +98,7 @@ def bits_per_dim(
         learned = opened.system.denoiser.learned_variance
         settings |= {"steps": len(measured.terms), "variance": variance or ("learned" if learned else "small")}
     asked = {"data": str(data), "split": split, "label": label, "seed": seed, "pictures": len(indices), "of": total}
+    asked |= {"fit": fit, "upscale": upscale, "skip_bad": skip_bad}
     _tell(measured, {"model": opened.name, "method": method} | settings | asked, as_json)
 
 
@@ -121,8 +128,9 @@ def _measure(
 
 
 def _choose(
-    system: DDPM, data: Path, split: str | None, label: str | None, count: int | None, seed: int
-) -> tuple[PictureSet, list[int], int]:
+    system: DDPM, data: Path, split: str | None, label: str | None, count: int | None, seed: int,
+    columns: dict[str, Any],
+) -> tuple[PictureSet, list[int], int]:  # fmt: skip
     """The opened set, the indices to measure, and how many pictures there were to choose from."""
     import torch
 
@@ -133,9 +141,10 @@ def _choose(
         raise UserError("this model has no class labels; leave --label out")
     config = DataConfig(
         path=str(data), size=system.config.size, channels=system.config.channels, split=None, validation_split=None,
-        label=label, caption=None,
+        label=label, caption=None, **columns,
     )  # fmt: skip
     pictures, _ = open_data(config)
+    evaluate_sets.check_pictures(pictures)
     indices = list(range(len(pictures)))
     if split is not None:
         splits = [str(record.columns.get("split")) for record in pictures.records]

@@ -300,14 +300,12 @@ def _sets(data: Path, size: int | None, columns: dict[str, Any]) -> tuple[Captio
 
 
 def _opened(data: Path, size: int | None, columns: dict[str, Any]) -> tuple[PictureSet, PictureSet | None]:
-    from sfumato.training.data import DataConfig, check_all, open_data
-    from sfumato.training.pictures import Fit as Ways
+    from sfumato.training.data import DataConfig, open_data
 
     share = columns["validation_fraction"]
     if not 0 <= share < 1:
         raise UserError(f"--validation-fraction: must be below 1, got {share}")
-    if columns["fit"] not in get_args(Ways):
-        raise_unknown("fit", columns["fit"], get_args(Ways))
+    check_fit(columns["fit"])
     side = size or _smallest_side(data, columns["skip_bad"])
     config = DataConfig(
         path=str(data), size=side, caption=columns["caption"], label=columns.get("label"), validation_fraction=share,
@@ -315,9 +313,25 @@ def _opened(data: Path, size: int | None, columns: dict[str, Any]) -> tuple[Pict
     )  # fmt: skip
     train, held_out = open_data(config)
     for one in (train, held_out):
-        if one is not None and (bad := check_all(one)):
-            print(f"left out as bad: {len(bad)}, first {bad[0].key}: {bad[0].reason}", file=sys.stderr)
+        if one is not None:
+            check_pictures(one)
     return train, held_out
+
+
+def check_fit(fit: str) -> None:
+    """Refuse an unknown way of making pictures square."""
+    from sfumato.training.pictures import Fit as Ways
+
+    if fit not in get_args(Ways):
+        raise_unknown("fit", fit, get_args(Ways))
+
+
+def check_pictures(pictures: PictureSet) -> None:
+    """Open every picture, and say which were left out as bad, where that is allowed."""
+    from sfumato.training.data import check_all
+
+    if bad := check_all(pictures):
+        print(f"left out as bad: {len(bad)}, first {bad[0].key}: {bad[0].reason}", file=sys.stderr)
 
 
 def _smallest_side(data: Path, skip_bad: bool = False) -> int:

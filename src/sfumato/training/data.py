@@ -287,7 +287,8 @@ def _column(
     if missing:
         raise DataError(
             f"{len(missing)} of {len(records)} pictures in {config.path!r} have no {role} "
-            f"(column {name!r}; first: {missing[0]}); give them one, or say data.{role}=null"
+            f"(column {name!r}; first: {missing[0]}); give them one, take them out, or say data.{role}=null where none "
+            "is needed"
         )
     values = [record.columns[name] for record in records]
     for record, value in zip(records, values, strict=True):
