@@ -151,8 +151,12 @@ def test_processors_are_set_called_and_restored_bit_for_bit() -> None:
         assert not torch.equal(network(*batch), before)
         network.set_attn_processor(processors)
         assert torch.equal(network(*batch), before)
+        assert network.attn_processors == processors
+        network.set_attn_processor(Recorder())
+        network.set_default_attn_processor()
+        assert all(isinstance(one, AttnProcessor) for one in network.attn_processors.values())
+        assert torch.equal(network(*batch), before)
     assert list(network.state_dict()) == keys
-    assert network.attn_processors == processors
 
 
 def test_a_processor_gets_only_keywords_it_names() -> None:

@@ -299,6 +299,10 @@ class AttentionHost(nn.Module):
         for name, attention in places.items():
             attention.set_processor(chosen[name])
 
+    def set_default_attn_processor(self) -> None:
+        """The default semantics for every attention again; what foreign processors learnt goes with them."""
+        self.set_attn_processor(AttnProcessor())
+
     def warn_of_unused(self, adapters: Mapping[str, Any]) -> None:
         """Warn, once for a name, of keyword arguments that no processor of this network takes."""
         told = self.__dict__.setdefault("_warned_of", set())
