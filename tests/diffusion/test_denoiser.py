@@ -250,3 +250,32 @@ def test_the_probability_flow_s_density(name: str) -> None:
     dims = x0[0].numel()
     wanted = 0.5 * (squares / dims + math.log(2 * math.pi * VARIANCE)) / math.log(2)
     assert torch.allclose(found.bits_per_dim(), wanted, atol=1e-3)
+
+
+class Returns(nn.Module):
+    """A network that returns what it was given."""
+
+    def __init__(self, out: Any) -> None:
+        super().__init__()
+        self.out = out
+
+    def forward(self, x: Tensor, t: Tensor) -> Any:
+        return self.out
+
+
+def test_an_output_of_another_shape_is_refused_not_broadcast() -> None:
+    x, level = torch.zeros(2, 3, 4, 4), SCHEDULES["linear"].level(5)
+    for shape, learned in (((2, 1, 4, 4), False), ((1, 3, 4, 4), False), ((2, 6, 4, 4), False), ((2, 3, 4, 4), True)):
+        denoiser = Denoiser(Returns(torch.zeros(shape)), SCHEDULES["linear"], learned_variance=learned)
+        with pytest.raises(ValueError, match=r"must return a tensor \(2, ., 4, 4\) for \(2, 3, 4, 4\)"):
+            denoiser(x, level)
+    with pytest.raises(ValueError, match="it gave a tuple"):
+        Denoiser(Returns((x,)), SCHEDULES["linear"])(x, level)
+
+
+def test_a_network_may_wrap_its_output_as_diffusers_do() -> None:
+    class Output:
+        sample = torch.ones(2, 3, 4, 4)
+
+    found = Denoiser(Returns(Output()), SCHEDULES["linear"])(torch.zeros(2, 3, 4, 4), SCHEDULES["linear"].level(5))
+    assert torch.equal(found.eps, Output.sample)

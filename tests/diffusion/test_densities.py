@@ -14,6 +14,7 @@ from torch.distributions import Normal
 
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.diffusion.densities import CONTINUOUS_BINS, LossHistory, log_normal, logit_normal, signal, uniform
+from sfumato.diffusion.level import NoiseLevel
 from sfumato.diffusion.objective import Objective
 from sfumato.diffusion.parameterization import V
 from sfumato.diffusion.schedule import FlowSchedule, TableSchedule, VESchedule, cosine_alpha_bar
@@ -257,3 +258,25 @@ def test_the_state_comes_back() -> None:
     for wrong in ({}, filled(4).tensors(), {k: v.float() for k, v in one.tensors().items()}):
         with pytest.raises(ValueError, match="history of losses needs"):
             two.restore(wrong)
+
+
+class Hundreds(FlowSchedule):
+    """The straight path, told in times from 1 to 999."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.t_range = (1.0, 999.0)
+
+    def level(self, t: Any) -> NoiseLevel:
+        inside = super().level(torch.as_tensor(t, dtype=torch.float64) / 1000)
+        return NoiseLevel(inside.t * 1000, inside.alpha, inside.sigma)
+
+    def t_from_nsr(self, nsr: Tensor) -> Tensor:
+        return (nsr / (1 + nsr) * 1000).clamp(*self.t_range)
+
+
+def test_a_foreign_path_s_own_times_are_spread_over_their_range() -> None:
+    u = torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1]
+    found = logit_normal(Hundreds(), u).t
+    assert float(found.min()) >= 1 and float(found.max()) <= 999
+    assert float(found[500]) == pytest.approx(500, abs=1) and float(found.std()) > 150

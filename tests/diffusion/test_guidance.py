@@ -378,3 +378,14 @@ def test_conditions_stack_slot_by_slot() -> None:
         assert found.tolist() == [[1, 1], [2, 2]]
     with pytest.raises(ValueError, match="same entries in 'adapters'"):
         a.stacked_on(Condition(vector=one, residuals=(one, one), adapters={"other": one}))
+
+
+def test_settings_that_mean_nothing_are_refused() -> None:
+    denoiser = Denoiser(nn.Identity(), SCHEDULES["linear"])
+    with pytest.raises(UserError, match="rising"):
+        classifier_free(denoiser, Condition(), Condition(), 2.0, interval=(5, 1))
+    with pytest.raises(UserError, match="every >= 1"):
+        classifier_free(denoiser, Condition(), Condition(), 2.0, every=0)
+    for quantile, maximum in ((2.0, 1.0), (0.0, 1.0), (0.9, 0.0)):
+        with pytest.raises(ValueError, match="quantile"):
+            dynamic_threshold(unguided(denoiser), quantile, maximum)

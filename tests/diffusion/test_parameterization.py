@@ -174,3 +174,11 @@ def test_names() -> None:
 def test_what_the_network_is_told(name: str, t: float, told: float) -> None:
     shown, level = preconditioning(name), NoiseLevel.of(t, 0.6, 0.8)
     assert shown.scale is None and float(shown.time(level)) == told
+
+
+def test_an_output_that_tells_nothing_at_a_noisy_level_is_refused() -> None:
+    """`x_t` itself, say: it is no estimate of anything; at a clean level it is the picture."""
+    x, same = torch.ones(2, 2), Parameterization("xt", lambda alpha, sigma: (alpha, sigma))
+    with pytest.raises(ValueError, match="at a noisy level"):
+        same.solve(x, x, NoiseLevel.of(0, 0.6, 0.8))
+    assert torch.equal(same.solve(x, x, CLEAN)[0], x)

@@ -339,3 +339,56 @@ def test_the_learned_variance_runs_from_small_to_large(frac: float, variance: st
         noise, levels = source(), trailing(LINEAR, 10)
         ends.append(sample(denoise, method, noise.draw(), levels, LINEAR, noise=noise))
     assert torch.allclose(*ends, rtol=1e-9)
+
+
+STEADY = [name for name, method in SOLVERS.items() if not method.stochastic]
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine", "ve", "flow", "zero_linear"])
+@pytest.mark.parametrize("name", STEADY)
+def test_every_steady_method_walks_from_clean_to_noise_and_back(name: str, path: str) -> None:
+    """Whole grids, from the clean end to pure or nearly pure noise, which no other solver's step could leave."""
+    schedule, noise = SCHEDULES[path], source(*range(20))
+    levels, x0 = trailing(schedule, 40), DATA.sample(20, torch.Generator().manual_seed(0)).double()
+    try:
+        up = sample(DATA, solver(name), x0, levels[::-1], schedule, noise=noise, climb=True)
+    except UserError as error:
+        assert name == "dpm_adaptive" and "cannot do" in str(error)
+        return
+    assert 0.8 < float((up / levels[0].sigma).std()) < 1.1
+    down = sample(DATA, solver(name), up, levels, schedule, noise=noise)
+    assert float((down - x0).abs().max()) < 0.15  # of data whose standard deviation is 0.3
+
+
+def test_a_gradient_counts_for_nothing_in_pure_noise() -> None:
+    def data(x: Tensor, level: NoiseLevel, previous: Tensor | None) -> Prediction:
+        p = DATA(x, level)
+        return Prediction(p.x0, p.eps, p.out, grad=torch.full_like(x, 0.1))
+
+    for path in ("flow", "zero_linear"):
+        levels, noise = trailing(SCHEDULES[path], 10), source()
+        assert levels[0].is_noise
+        for name in STEADY:
+            x = sample(data, solver(name), noise.draw(), levels, SCHEDULES[path], noise=source())
+            assert bool(torch.isfinite(x).all()), (path, name)
+    one = Prediction(*[torch.ones(2, 2)] * 3, grad=torch.ones(2, 2))
+    mixed = NoiseLevel(*(torch.tensor(v, dtype=torch.float64) for v in ([0, 1], [0.0, 0.6], [1.0, 0.8])))
+    shifted = one.shifted(mixed)
+    assert torch.equal(shifted.x0[0], one.x0[0]) and torch.equal(shifted.eps[0], one.eps[0])
+    assert torch.allclose(shifted.x0[1], torch.tensor(1 + 0.8 / 0.6 * 0.8)) and torch.allclose(
+        shifted.eps[1], torch.tensor(0.2)
+    )
+
+
+def test_what_a_hook_returns_must_be_the_picture() -> None:
+    noise, levels = source(), trailing(LINEAR, 2)
+    for wrong, said in ((5, "it gave a int"), (torch.zeros(1, 2), r"a tensor \(3, 2\) .* gave a tensor \(1, 2\)")):
+        with pytest.raises(ValueError, match=said):
+            sample(DATA, Euler(), noise.draw(), levels, LINEAR, noise=source(), on_step=lambda *_, one=wrong: one)  # type: ignore[misc]
+
+
+def test_noise_is_that_of_as_many_pictures() -> None:
+    levels = trailing(LINEAR, 2)
+    for seeds in ((0,), (0, 1)):
+        with pytest.raises(ValueError, match="3 pictures, one seed for each"):
+            sample(DATA, SOLVERS["ddpm"].build(), source().draw(), levels, LINEAR, noise=source(*seeds))

@@ -347,3 +347,22 @@ def test_a_level_can_differ_within_a_picture() -> None:
     x0, eps = torch.ones(1, 3, 2, 4, 4), torch.zeros(1, 3, 2, 4, 4)
     x_t = level.noise(x0, eps)
     assert torch.equal(x_t[:, :, 0], x0[:, :, 0]) and torch.allclose(x_t[:, :, 1], torch.tensor(0.6))
+
+
+def test_what_is_not_a_number_is_refused() -> None:
+    nan = math.nan
+    for table in ([0.9, nan, 0.1], [nan, 0.2, 0.1], [0.9, 0.5, nan]):
+        with pytest.raises(ValueError, match="alpha_bar"):
+            TableSchedule(torch.tensor(table))
+    for wrong in (nan, math.inf):
+        with pytest.raises(ValueError, match="shift"):
+            FlowSchedule(wrong)
+        with pytest.raises(ValueError, match="sigma_max"):
+            VESchedule(0.002, wrong)
+    for schedule in SCHEDULES.values():
+        with pytest.raises(ValueError, match="t must"):
+            schedule.level(nan)
+
+
+def test_a_table_may_be_a_list() -> None:
+    assert torch.equal(TableSchedule([0.9, 0.5, 0.1]).alpha_bar, torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64))

@@ -184,6 +184,8 @@ def test_wrong_processor_sets_are_refused_and_change_nothing() -> None:
         network.set_attn_processor({**processors, "mid_block.attention.0.processor": Recorder()})
     with pytest.raises(UserError, match="must be callable"):
         network.set_attn_processor({**processors, name: 3})  # type: ignore[dict-item]
+    with pytest.raises(UserError, match=r"not the class: Recorder\(\)"):
+        network.set_attn_processor(Recorder)
     assert network.attn_processors == processors
 
 

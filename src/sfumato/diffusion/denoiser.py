@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,12 +52,15 @@ class Prediction:
     def shifted(self, level: NoiseLevel) -> Prediction:
         """Fold `grad` in: `eps - sigma grad` and the `x0` that goes with it (Dhariwal 2021, alg. 2).
 
-        Every solver but the ancestral one (which adds its variance times `grad`) starts from this.
+        Every solver but the ancestral one (which adds its variance times `grad`) starts from this. In pure noise
+        (alpha = 0) there is nothing to tell one picture from another by: the true gradient is 0 there, and none is
+        folded in.
         """
         if self.grad is None:
             return self
-        shift = expand(level.sigma, self.eps) * self.grad
-        to_x0 = expand(level.sigma / level.alpha, self.x0)
+        noise = level.alpha == 0
+        shift = expand(torch.where(noise, 0.0, level.sigma), self.eps) * self.grad
+        to_x0 = expand(torch.where(noise, 0.0, level.sigma / level.alpha), self.x0)
         return replace(self, eps=self.eps - shift, x0=self.x0 + to_x0 * shift, grad=None)
 
 
@@ -139,7 +143,8 @@ class Denoiser(nn.Module):
 
     Args:
         network: called as `network(x, t, **slots)` with x (B, C, *S), t (B,) and the filled slots of the condition;
-            returns (B, C_out, *S).
+            returns (B, C, *S), or (B, 2C, *S) with a learned variance; as a tensor, or as the attribute `sample` of
+            what it returns (diffusers' networks).
         schedule: the one it was trained with.
         parameterization: what it outputs.
         preconditioning: how the level is shown to it.
@@ -185,6 +190,9 @@ class Denoiser(nn.Module):
             level: of shape () or (B,), or broadcastable to `x_t`.
             condition: its slots; None for none.
             previous_x0: (B, C, *S) estimate of the step before, for a self-conditioned network (None: zeros).
+
+        Raises:
+            ValueError: where the network returns anything but a tensor of the shape that `x_t` asks for.
         """
         dtype = self._dtype(x_t)
         moved = None if condition is None else condition.to(x_t.device, dtype)
@@ -199,7 +207,7 @@ class Denoiser(nn.Module):
         if time.ndim == 0:
             time = time.expand(x_t.shape[0])
         slots = {} if moved is None else moved.for_network()
-        out = self.network(inputs.to(dtype), time, **slots).to(x_t.dtype)
+        out = self._checked(self.network(inputs.to(dtype), time, **slots), x_t).to(x_t.dtype)
         var_frac = None
         if self.learned_variance:
             out, v = out.chunk(2, dim=1)
@@ -229,6 +237,16 @@ class Denoiser(nn.Module):
             return self.limit
         pairs = ((self.limit.t, level.t), (self.limit.alpha, level.alpha), (self.limit.sigma, level.sigma))
         return NoiseLevel(*(torch.where(noisier, float(instead), own) for instead, own in pairs))
+
+    def _checked(self, out: Any, x_t: Tensor) -> Tensor:
+        """What the network returned, if it is a tensor of the right shape: another would be broadcast."""
+        found = getattr(out, "sample", out)
+        wanted = (len(x_t), x_t.shape[1] * (2 if self.learned_variance else 1), *x_t.shape[2:])
+        if isinstance(found, Tensor) and found.shape == wanted:
+            return found
+        said = f"a tensor {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        doubled = ", two halves for a learned variance" if self.learned_variance else ""
+        raise ValueError(f"the network must return a tensor {wanted} for {tuple(x_t.shape)}{doubled}; it gave {said}")
 
     def _dtype(self, x_t: Tensor) -> torch.dtype:
         parameter = next(self.network.parameters(), None)

@@ -48,8 +48,9 @@ def signal(schedule: Schedule, u: Tensor) -> NoiseLevel:
 def logit_normal(schedule: Schedule, u: Tensor, mean: float = 0.0, std: float = 1.0) -> NoiseLevel:
     """`logit(s) ~ N(mean, std²)` (Esser 2024, eq. 19), s the place in [0, 1] on the path, from clean to noisy.
 
-    s is `t` itself on a flow (before its shift), `t / (T - 1)` on a table (so that t is fractional), and the place
-    between the ends of log nsr on an exploding path. Cut off, not piled up, at the ends of what is trained.
+    s is `t` itself where t lies in [0, 1], as on a flow (before its shift), `t / (T - 1)` on a table (so that t is
+    fractional), the place between the ends of log nsr on an exploding path, and that between the ends of t on any
+    other. Cut off, not piled up, at the ends of what is trained.
 
     Args:
         u: (B,) in [0, 1).
@@ -62,7 +63,9 @@ def logit_normal(schedule: Schedule, u: Tensor, mean: float = 0.0, std: float = 
     if isinstance(schedule, VESchedule):
         place = _squashed(u, mean, std, 0.0, 1.0)
         return schedule.level((math.log(low) + (math.log(high) - math.log(low)) * place).exp().clamp(low, high))
-    return schedule.level(_squashed(u, mean, std, low, high))
+    if 0 <= low < high <= 1:
+        return schedule.level(_squashed(u, mean, std, low, high))
+    return schedule.level(low + (high - low) * _squashed(u, mean, std, 0.0, 1.0))
 
 
 def log_normal(schedule: Schedule, u: Tensor, mean: float = -1.2, std: float = 1.2) -> NoiseLevel:

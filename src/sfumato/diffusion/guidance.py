@@ -69,7 +69,13 @@ def classifier_free(
         batched: evaluate null and conditional in one call of twice the batch, null first.
 
     The learned variance, where there is one, is the conditional branch's.
+
+    Raises:
+        UserError: for what is no interval, and `every` below 1.
     """
+    check_interval(interval)
+    if every < 1:
+        raise UserError(f"the null branch can be evaluated in every call or in fewer, every >= 1, got {every}")
     plain = unguided(denoiser, condition)
     if scale == 1:
         return plain
@@ -224,7 +230,12 @@ def dynamic_threshold(
     Args:
         quantile: of `|x0|` per picture, in (0, 1].
         maximum: the range of pictures; a quantile below it leaves the picture clamped to it.
+
+    Raises:
+        ValueError: for a quantile outside (0, 1] and a maximum that is not positive.
     """
+    if not (0 < quantile <= 1 and maximum > 0):
+        raise ValueError(f"need a quantile in (0, 1] and a positive maximum, got {quantile} and {maximum}")
 
     def denoise_and_threshold(x_t: Tensor, level: NoiseLevel, previous_x0: Tensor | None) -> Prediction:
         prediction = denoise(x_t, level, previous_x0)

@@ -28,9 +28,14 @@ def keep(x: Tensor, level: NoiseLevel, prediction: Prediction | None, noise: Noi
 
 
 def told(hook: Hook, x: Tensor, level: NoiseLevel, prediction: Prediction | None, noise: NoiseSource) -> Tensor:
-    """What goes on after a hook was told of `x`."""
+    """What goes on after a hook was told of `x`. Raises `ValueError` where that is not a tensor of the shape of `x`."""
     seen = hook(x, level, prediction, noise)
-    return x if seen is None else seen
+    if seen is None:
+        return x
+    if not isinstance(seen, Tensor) or seen.shape != x.shape:
+        said = f"a tensor {tuple(seen.shape)}" if isinstance(seen, Tensor) else f"a {type(seen).__name__}"
+        raise ValueError(f"a hook returns nothing, or a tensor {tuple(x.shape)} that goes on; it gave {said}")
+    return seen
 
 
 def chain(*hooks: Hook) -> Hook:

@@ -57,7 +57,7 @@ class Parameterization:
         At a clean level (`sigma = 0`) where the output holds no noise, `eps` is 0 by definition.
 
         Raises:
-            ValueError: at pure noise (`alpha = 0`) if the output says nothing about `x0` (eps-prediction).
+            ValueError: at a noisy level where the output says nothing about `x0` (of eps, pure noise: `alpha = 0`).
         """
         (a, b), (alpha, sigma), d = self.coefficients(level), level.numbers, self.determinant(level)
         if bool(d.all()) if isinstance(d, Tensor) else d != 0:
@@ -68,12 +68,14 @@ class Parameterization:
         return self._solve_where_singular(out, x_t, level)
 
     def _solve_where_singular(self, out: Tensor, x_t: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """`solve` where some level has `D = 0`: a clean one, or pure noise."""
+        """`solve` where some level has `D = 0`: a clean one; any other is refused."""
         ones = torch.ones_like(level.alpha)
         (a, b), alpha, sigma, d = self.coefficients(level), level.alpha, level.sigma, self.determinant(level) * ones
         clean = d == 0
         if bool((clean & (alpha == 0)).any()):
             raise ValueError(f"'{self.name}' prediction cannot recover x0 where alpha = 0 (zero terminal SNR)")
+        if bool((clean & (sigma != 0)).any()):
+            raise ValueError(f"'{self.name}' prediction cannot recover x0 where alpha b = sigma a, at a noisy level")
         d = torch.where(clean, 1.0, d)
         from_out = torch.where(clean, torch.where(a * ones == 0, 0.0, 1 / (a * ones)), -sigma / d)
         x0 = mix(b / d, x_t, from_out, out)

@@ -29,7 +29,8 @@ from sfumato.diffusion.hooks import Hook, keep, told
 from sfumato.diffusion.level import NoiseLevel, expand, goes_up
 from sfumato.diffusion.posterior import renoise
 from sfumato.diffusion.schedule import Schedule
-from sfumato.diffusion.solvers.base import Solver
+from sfumato.diffusion.solvers.base import Solver, first_order
+from sfumato.errors import UserError
 from sfumato.random import NoiseSource, NoNoise
 
 _INVERSION = "climb=True inverts, which a method that draws noise cannot do: take a deterministic one, or eta (tau) 0"
@@ -56,16 +57,23 @@ def sample(
         x: (B, *S) at `grid[0]`: `start(noise, grid[0])` for pure noise.
         grid: levels, noisy to clean. Where it goes up again the picture is renoised (Restart, RePaint), and its
             Brownian noise begins anew …
-        climb: … unless this is set: then the solver itself walks up (inversion), and may draw no noise.
+        climb: … unless this is set: then the solver itself walks up (inversion), and may draw no noise. Steps out of a
+            clean level, and those to nearly pure noise, are first order (`alpha' x0 + sigma' eps`), as those down from
+            there are: in log SNR or in nsr they are too long for any other.
         noise: each picture's own stream.
         on_step: called with the initial state and after every step; what it returns goes on, where that is not None.
 
     Raises:
-        UserError: where a solver draws noise with `climb`.
+        UserError: where a solver draws noise with `climb`, or cannot walk up.
+        ValueError: where `noise` is not of as many pictures as `x`.
 
     `torch.no_grad`, not inference mode: guidance may need gradients.
     """
     denoise = as_function(denoise)
+    if isinstance(noise, NoiseSource) and noise.seeds and len(noise.seeds) != len(x):
+        raise ValueError(f"noise must be that of {len(x)} pictures, one seed for each, got {len(noise.seeds)}")
+    if climb and not getattr(solver, "climbs", True):
+        raise UserError(f"climb=True inverts, which {type(solver).__name__} cannot do: it chooses its steps downwards")
     x = told(on_step, x, grid[0], None, noise)
     own = NoNoise(_INVERSION) if climb else noise
     state, previous_x0 = solver.init(schedule, grid), None
@@ -75,6 +83,11 @@ def sample(
             noise.new_path()
             state, previous_x0 = solver.init(schedule, grid[i + 1 :]), None
             x = told(on_step, x, nxt, None, noise)
+            continue
+        if climb and (now.is_clean or nxt.is_nearly_noise):
+            prediction = denoise(x, now, previous_x0).shifted(now)
+            x, previous_x0 = told(on_step, first_order(prediction, nxt), nxt, prediction, noise), prediction.x0
+            state = solver.init(schedule, grid[i + 1 :])
             continue
         level = now
         while level is not nxt:

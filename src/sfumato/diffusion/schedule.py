@@ -133,10 +133,10 @@ class TableSchedule(_NSRPath):
     """
 
     def __init__(self, alpha_bar: Tensor, *, interpolation: Literal["log", "linear"] = "log") -> None:
-        table = alpha_bar.to(torch.float64).cpu()
-        if table.ndim != 1 or len(table) < 2 or bool((table[1:] >= table[:-1]).any()):
+        table = as_times(alpha_bar)
+        if table.ndim != 1 or len(table) < 2 or not bool((table[1:] < table[:-1]).all()):
             raise ValueError("alpha_bar must be a strictly decreasing table of at least two numbers")
-        if float(table[0]) >= 1 or float(table[-1]) < 0:
+        if not (float(table[0]) < 1 and float(table[-1]) >= 0):
             raise ValueError(f"alpha_bar must lie in [0, 1), got {float(table[0]):.4g} … {float(table[-1]):.4g}")
         if interpolation not in ("log", "linear"):
             raise ValueError(f"interpolation is 'log' or 'linear', not {interpolation!r}")
@@ -148,7 +148,7 @@ class TableSchedule(_NSRPath):
     def level(self, t: Times) -> NoiseLevel:
         times = as_times(t)
         last = len(self.alpha_bar) - 1
-        if bool(((times < 0) | (times > last)).any()):
+        if not bool(((times >= 0) & (times <= last)).all()):
             raise ValueError(f"t must lie in [0, {last}], got {times.tolist()}")
         whole = times.round().long()
         bar, exact = self.alpha_bar[whole], times == whole
@@ -206,15 +206,15 @@ class FlowSchedule(_NSRPath):
     """
 
     def __init__(self, shift: float = 1.0) -> None:
-        if shift <= 0:
-            raise ValueError(f"shift must be positive, got {shift}")
+        if not 0 < shift < math.inf:
+            raise ValueError(f"shift must be positive and finite, got {shift}")
         self.shift = shift
         self.t_range = (1e-3, 1.0)
         self.nsr_range = (float(self.level(1e-3).nsr), math.inf)
 
     def level(self, t: Times) -> NoiseLevel:
         times = as_times(t)
-        if bool(((times < 0) | (times > 1)).any()):
+        if not bool(((times >= 0) & (times <= 1)).all()):
             raise ValueError(f"t must lie in [0, 1], got {times.tolist()}")
         sigma = self.shift * times / (1 + (self.shift - 1) * times)
         return NoiseLevel(times, 1 - sigma, sigma)
@@ -240,7 +240,7 @@ class SineSchedule(_NSRPath):
 
     def level(self, t: Times) -> NoiseLevel:
         times = as_times(t)
-        if bool(((times < 0) | (times > 1)).any()):
+        if not bool(((times >= 0) & (times <= 1)).all()):
             raise ValueError(f"t must lie in [0, 1], got {times.tolist()}")
         sigma = torch.sin(times * (math.pi / 2)) ** 2
         alpha = torch.cos(times * (math.pi / 2)) * torch.sqrt(1 + sigma)  # of which cos² is 1 - sigma
@@ -263,13 +263,13 @@ class VESchedule(_NSRPath):
     """
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0) -> None:
-        if not 0 < sigma_min < sigma_max:
-            raise ValueError(f"need 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+        if not 0 < sigma_min < sigma_max < math.inf:
+            raise ValueError(f"need 0 < sigma_min < sigma_max, both finite, got {sigma_min} and {sigma_max}")
         self.t_range = self.nsr_range = (sigma_min, sigma_max)
 
     def level(self, t: Times) -> NoiseLevel:
         times = as_times(t)
-        if bool((times < 0).any()):
+        if not bool((times >= 0).all()):
             raise ValueError(f"t must not be negative, got {times.tolist()}")
         return NoiseLevel(times, torch.ones_like(times), times)
 

@@ -294,6 +294,8 @@ class AttentionHost(nn.Module):
             what = "missing" if odd in places else f"unknown{nearest(odd, places)}"
             raise UserError(f"expected exactly the {len(places)} names of attn_processors; {odd!r} is {what}")
         for name, one in chosen.items():
+            if isinstance(one, type):
+                raise UserError(f"the processor for {name!r} must be an object, not the class: {one.__name__}()")
             if not callable(one):
                 raise UserError(f"the processor for {name!r} must be callable, got {type(one).__name__}")
         for name, attention in places.items():

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -209,6 +209,7 @@ class DPMAdaptive:
         accept: a step is accepted if the controller would change it by no less than this factor.
         eta: >= 0; above 0 each step is an ancestral one, with Brownian noise.
         noise: S_noise, standard deviation of the unit noise.
+        climbs: it cannot walk up (inversion).
     """
 
     solver_order: Literal[2, 3] = 3
@@ -221,6 +222,7 @@ class DPMAdaptive:
     accept: float = 0.81
     eta: float = 0.0
     noise: float = 1.0
+    climbs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.solver_order not in (2, 3):
