@@ -323,3 +323,10 @@ def test_lambda_min_leaves_out_the_noisiest() -> None:
     cosine = SCHEDULES["cosine"]
     first = dpm_linspace(cosine, 10, lambda_min=-5.1)[0]
     assert float(first.nsr) <= math.exp(5.1) < float(cosine.level(first.t + 1).nsr)
+
+
+@pytest.mark.parametrize("name", ["trailing", "leading", "karras", "beta", "exponential"])
+def test_steps_are_whole(name: str) -> None:
+    for wrong in (2.5, 0, -1):
+        with pytest.raises(UserError, match="whole number"):
+            grid(name, SCHEDULES["flow"], wrong)  # type: ignore[arg-type]

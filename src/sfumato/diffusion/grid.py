@@ -20,6 +20,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -152,8 +153,8 @@ def _levels(schedule: Schedule, times: Sequence[float] | Tensor, end: NoiseLevel
 
 
 def _check(schedule: Schedule, steps: int) -> None:
-    if steps < 1:
-        raise UserError(f"steps must be at least 1, got {steps}")
+    if not isinstance(steps, Integral) or steps < 1:
+        raise UserError(f"steps must be a whole number, at least 1, got {steps}")
     if schedule.steps is not None and steps > schedule.steps:
         raise UserError(f"steps must be at most the schedule's {schedule.steps}, got {steps}")
 
