@@ -15,7 +15,9 @@ import sfumato
 from sfumato import models
 from sfumato.conditioners.words import minilm_installed
 from sfumato.diffusion.solvers import Churn, Euler
+from sfumato.errors import UserError
 from sfumato.images import read_settings
+from sfumato.networks.attention import Attention, AttnProcessor
 
 from . import tiny
 
@@ -153,6 +155,52 @@ def test_a_network_may_be_wrapped() -> None:
     before = np.asarray(model.generate("a red heart", seed=0, steps=2)[0])
     model.denoiser.network = Doubled(model.denoiser.network)
     assert np.array_equal(before, np.asarray(model.generate("a red heart", seed=0, steps=2)[0]))
+
+
+def test_what_alters_the_networks_is_in_the_settings(file: Path) -> None:
+    model = sfumato.load(file, device="cpu")
+    assert model.generate(seed=0, steps=1)[0].info["sfumato"]["model_hash"] == model.sha256
+    network, processors = model.denoiser.network, model.denoiser.network.attn_processors
+
+    def told() -> Any:
+        settings = model.generate(seed=0, steps=1)[0].info["sfumato"]
+        assert ("model_hash" in settings) != ("altered" in settings)
+        assert settings.get("altered", {"model_hash": model.sha256})["model_hash"] == model.sha256
+        return settings.get("altered", {}).get("parts")
+
+    network.set_attn_processor(Foreign())
+    assert told() == ["attention processors"]
+    network.set_attn_processor(processors)
+    assert told() is None
+    model.denoiser.network = Doubled(network)
+    assert told() == ["network"]
+    model.denoiser.network = network
+    assert told() is None
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert told() == ["network"]
+
+
+class Foreign:
+    """A processor of a user that computes as ours does."""
+
+    def __call__(self, attn: Attention, hidden_states: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
+        return AttnProcessor()(attn, hidden_states, *given, **named)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("to", [None, "diffusers"])
+def test_a_model_is_saved(file: Path, model: sfumato.Model, tmp_path: Path, to: str | None) -> None:
+    target = tmp_path / ("folder" if to else "m.safetensors")
+    said = ["the folder's scheduler is a plain DDIMScheduler"] if to else []
+    assert [note.partition(",")[0] for note in model.save(target, to)] == said
+    again = sfumato.load(target, device="cpu")
+    assert again.system.config == model.system.config
+    pictures = [one.generate(seed=4, steps=2)[0].tobytes() for one in (model, again)]
+    assert pictures[0] == pictures[1]
+    with pytest.raises(UserError, match="exists already; choose another name"):
+        model.save(target, to)
 
 
 class Doubled(torch.nn.Module):
@@ -329,3 +377,13 @@ def test_names_come_with_the_collector_as_it_was(worked: bool) -> None:
         assert gc.isenabled() == worked
     finally:
         gc.enable()
+
+
+def test_a_label_may_be_the_place_of_its_class(model: sfumato.Model) -> None:
+    def drawn(label: Any) -> list[Any]:
+        return [np.asarray(one).tolist() for one in model.generate(label=label, count=2, seed=3, steps=2)]
+
+    assert drawn(1) == drawn("dog") != drawn(0) and drawn([0, 1]) == drawn(["cat", "dog"])
+    for wrong, said in ((2, "not among the model's 2 classes"), (1.5, "got 1.5"), ([True], "got True")):
+        with pytest.raises(sfumato.UserError, match=said):
+            drawn(wrong)

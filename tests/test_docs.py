@@ -2,12 +2,11 @@
 
 The lines of one document run in order in one folder of its own, which holds `pictures/` (1.png, 2.png …), `classes/`
 (the same in two class sub-folders), `captioned/` (with `metadata.jsonl`), `data.parquet` (with the columns group, text
-and split), files of Stable Diffusion made small, `photo.png` with a mask and a map of depths, and two layouts,
-`boxes.json` and `places.json`. They run as printed but for their size: a `train` or `check` line gets the settings
-`QUICK` appended, a `generate` or `edit` line `--steps 2`, and a line that makes shapes `--count 100`, which overrule
-their own. Shell lines may continue with a backslash, begin with `$` or with variables, end
-in a comment, and send what they print `> into.file`. Lines of other programs (make, pip, git, accelerate …) are not
-run.
+and split), files of Stable Diffusion made small, `photo.png` with a mask and a map of depths, two layouts,
+`boxes.json` and `places.json`, and `prompts.txt`. They run as printed but for their size: a `train` or `check` line
+gets the settings `QUICK` appended, a `generate` or `edit` line `--steps 2`, and a line that makes shapes `--count 100`,
+which overrule their own. Shell lines may continue with a backslash, begin with `$` or with variables, end in a
+comment, and send what they print `> into.file`. Lines of other programs (make, pip, git, accelerate …) are not run.
 
 A translation (`page.zh.md` beside `page.md`) must have the same lines as the original, and is not run again.
 
@@ -21,10 +20,12 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sfumato import models
+from sfumato.training import recipes
 
 from . import stable, tiny
 
@@ -126,6 +127,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stable_diffusion: Pat
     for file, labels in (("boxes", ("red circle", "blue square")), ("places", ("circle", "square"))):
         boxes = [{"label": label, "box": [0.5 * i, 0.5 * i, 0.4, 0.4]} for i, label in enumerate(labels)]
         (tmp_path / f"{file}.json").write_text(json.dumps(boxes), encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("# two\na fox\na wolf\n", encoding="utf-8")
     for file in stable_diffusion.iterdir():
         shutil.copyfile(file, tmp_path / file.name)
     monkeypatch.chdir(tmp_path)
@@ -168,9 +170,25 @@ def test_lines_are_found(tmp_path: Path) -> None:
     assert quick(["sfumato", "train", "x"])[3:] == list(QUICK)
 
 
+def test_the_network_of_the_page_on_extending_trains_and_draws() -> None:
+    shared: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks(ROOT / "docs" / "extending.md", ("python",))[2:]:
+        exec(compile(block, "extending.md", "exec"), shared)
+    assert shared["pictures"].shape == shared["x"].shape == (2, 3, 16, 16)
+    assert shared["x"].isfinite().all() and shared["loss"].isfinite()
+
+
+def test_the_recipe_of_the_page_on_training_is_one(tmp_path: Path) -> None:
+    (text,) = blocks(ROOT / "docs" / "train-on-your-own-pictures.md", ("yaml",))
+    (tmp_path / "mine.yaml").write_text(text)
+    found = recipes.load(str(tmp_path / "mine.yaml"), data=".")
+    said = ["data.size=32", "data.flip=true", "model.network.dropout=0.1", "train.steps=40000"]
+    assert found == recipes.load("ddpm", said, ".").model_copy(update={"description": ""})
+
+
 def test_the_solver_of_the_page_on_extending_is_the_real_one() -> None:
     page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
-    source, case = blocks(ROOT / "docs" / "extending.md", ("python",))
+    source, case, *_ = blocks(ROOT / "docs" / "extending.md", ("python",))
     assert source.strip() in (ROOT / "src/sfumato/diffusion/solvers/flow_heun.py").read_text(encoding="utf-8")
     assert case.strip() in (ROOT / "tests/diffusion/solver_cases.py").read_text(encoding="utf-8")
     assert "`src/sfumato/diffusion/solvers/flow_heun.py`" in page

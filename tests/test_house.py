@@ -25,7 +25,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "sfumato"
 FILES = sorted(SOURCE.rglob("*.py"))
 TREES = {file: ast.parse(file.read_text(encoding="utf-8")) for file in FILES}
 
-BELOW_SYSTEMS = {"condition", "random", "images", "networks", "diffusion", "backends"}
+BELOW_SYSTEMS = {"condition", "random", "infotext", "images", "networks", "diffusion", "backends"}
 BELOW_SYSTEMS |= {"codecs", "conditioners", "adapters", "checkpoints"}
 BELOW_TASKS = BELOW_SYSTEMS | {"systems"}
 BELOW_API = BELOW_TASKS | {"tasks", "evaluation", "training", "models"}
@@ -35,7 +35,8 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "condition": set(),
     "random": set(),
-    "images": set(),
+    "infotext": set(),
+    "images": {"infotext"},
     "models": set(),
     "networks": set(),
     "diffusion": {"condition", "random"},

@@ -7,10 +7,10 @@ import io
 import json
 import os
 import stat
-import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given
@@ -24,14 +24,13 @@ from sfumato.images import (
     PictureError,
     encode_picture,
     from_pil,
-    infotext,
-    parse_infotext,
     read_settings,
     save_picture,
     sheet,
     to_pil,
     with_settings,
 )
+from sfumato.infotext import infotext
 
 SUFFIXES = [".png", ".jpg", ".jpeg", ".webp"]
 FULL: dict[str, Any] = {
@@ -106,8 +105,8 @@ def test_from_pil_lays_transparency_on_white_and_checks_sizes() -> None:
         from_pil([clear, Image.new("RGB", (3, 2))])
     with pytest.raises(UserError, match="found none"):
         from_pil([])
-    with pytest.raises(UserError, match="more than 8 bits"):
-        from_pil(Image.new("I;16", (2, 2)))
+    with pytest.raises(UserError, match=r"32-bit pixels \(mode F\) have no known range"):
+        from_pil(Image.new("F", (2, 2)))
     with pytest.raises(UserError, match="did you mean 'RGB'"):
         from_pil(clear, "rgb")
 
@@ -146,77 +145,6 @@ def test_sheet_refuses() -> None:
     for wrong in ({"columns": 0}, {"gap": -1}, {"scale": 0}):
         with pytest.raises(UserError, match=f"contact sheet's {next(iter(wrong))} must be at least"):
             sheet([picture()], **wrong)  # type: ignore[arg-type]
-
-
-# --- settings as text -------------------------------------------------------------------------------------
-
-
-def test_infotext_is_the_published_form() -> None:
-    text, version = infotext(FULL | {"model_hash": "abcdef1234567890"}).split(", Version: ")
-    assert text == (
-        "a fox, oil on canvas\n"
-        "Negative prompt: blurry: very\n"
-        "Steps: 20, Sampler: ddim, Schedule type: karras, CFG scale: 7.0, Seed: 1099511627776, Size: 64x32, "
-        'Model hash: abcdef1234, Model: "fox, the second", Denoising strength: 0.7'
-    )
-    assert version.startswith("Sfumato ")
-
-
-def test_infotext_leaves_out_what_is_none() -> None:
-    text = infotext({"prompt": None, "negative": "", "seed": 0, "sampler": None, "width": 3, "guidance": 0.0})
-    assert text.rpartition(", Version")[0].strip() == "CFG scale: 0.0, Seed: 0"
-
-
-def test_infotext_round_trip() -> None:
-    back = parse_infotext(infotext(FULL))
-    assert back.pop("version").startswith("Sfumato ")
-    assert back == FULL
-
-
-def test_foreign_infotext() -> None:
-    text = (
-        "a fox, (red:1.2)\nsecond line \nNegative prompt: blurry\nlow quality\n"
-        "Steps: 28, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 5.5, Seed: 1, Size: 512x768, "
-        'Model hash: abcdef1234, Model: a-b_c, Clip skip: 2, Lora hashes: "x: 1, y: 2", Version: v1.10.1'
-    )
-    parsed = parse_infotext(text)
-    assert parsed == {
-        "prompt": "a fox, (red:1.2)\nsecond line",
-        "negative": "blurry\nlow quality",
-        "steps": 28,
-        "sampler": "DPM++ 2M",
-        "schedule": "Karras",
-        "guidance": 5.5,
-        "seed": 1,
-        "width": 512,
-        "height": 768,
-        "model_hash": "abcdef1234",
-        "model": "a-b_c",
-        "other": {"Clip skip": "2", "Lora hashes": "x: 1, y: 2"},
-        "version": "v1.10.1",
-    }
-    assert parse_infotext(infotext(parsed)) | {"version": "v1.10.1"} == parsed
-
-
-def test_two_pairs_are_a_prompt_and_wrong_numbers_are_kept() -> None:
-    assert parse_infotext("fox: red, dog: blue") == {"prompt": "fox: red, dog: blue"}
-    assert parse_infotext("  \n ") == {}
-    parsed = parse_infotext("Steps: many, Size: big, Seed: 3")
-    assert parsed == {"prompt": "", "seed": 3, "other": {"Steps": "many", "Size": "big"}}
-    with pytest.raises(UserError, match="at most 100000 are read"):
-        parse_infotext("a" * 100_001)
-
-
-@pytest.mark.parametrize("unit", ["a", "a ", " ", "a:", 'ab:"x,', 'ab:"\\', '"'])
-def test_long_lines_take_linear_time(unit: str) -> None:
-    start = time.process_time()
-    parse_infotext(unit * (90_000 // len(unit)))
-    assert time.process_time() - start < 2
-
-
-@given(st.text(max_size=200))
-def test_any_text_parses(text: str) -> None:
-    assert isinstance(parse_infotext(text), dict)
 
 
 # --- files ------------------------------------------------------------------------------------------------
@@ -423,3 +351,46 @@ def test_the_file_has_the_usual_mode(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "a.png").stat().st_mode) == 0o644
+
+
+# --- other programs' settings, and 16 bits ------------------------------------------------------------------------
+
+
+def with_texts(path: Path, **texts: str) -> Path:
+    chunks = PngImagePlugin.PngInfo()
+    for name, text in texts.items():
+        chunks.add_text(name, text)
+    picture().save(path, pnginfo=chunks)
+    return path
+
+
+def test_comfyuis_graph_is_read_and_others_are_named(tmp_path: Path) -> None:
+    from .test_infotext import GRAPH, READ, changed
+
+    path = tmp_path / "a.png"
+    assert read_settings(with_texts(path, prompt=json.dumps(GRAPH), workflow='{"nodes": []}')) == READ
+    odd = json.dumps(changed("6", text=["10", 0]))
+    for texts, sentence in (
+        ({"prompt": odd}, "carries the graph of ComfyUI, of which one KSampler"),
+        ({"workflow": '{"nodes": []}'}, "carries the graph of ComfyUI"),
+        ({"sd-metadata": "{}"}, "carries the settings of InvokeAI, which are not read"),
+        ({"Software": "NovelAI"}, "carries the settings of NovelAI, which are not read"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            read_settings(with_texts(path, **texts))
+    assert read_settings(with_texts(path, parameters="fox\nSteps: 2, Seed: 4, Size: 8x8", prompt=odd))["seed"] == 4
+    assert read_settings(with_texts(path, Comment="Created with GIMP")) is None
+
+
+def test_16_bits_become_8(tmp_path: Path) -> None:
+    values = np.array([[0, 128, 129, 257, 65535]], dtype=np.uint16)
+    deep = Image.fromarray(values)
+    assert deep.mode == "I;16"
+    assert np.array(images.eight_bits(deep)).tolist() == [[0, 0, 1, 1, 255]]
+    assert np.array(images.as_mode(deep, "RGB"))[0, :, 2].tolist() == [0, 0, 1, 1, 255]
+    deep.info["transparency"] = 128
+    assert np.array(images.as_mode(deep, "L")).tolist() == [[0, 255, 1, 1, 255]]
+    assert images.eight_bits(picture()).tobytes() == picture().tobytes()
+    for mode in ("I", "F"):
+        with pytest.raises(UserError, match=rf"32-bit pixels \(mode {mode}\)"):
+            images.eight_bits(Image.new(mode, (2, 2)))

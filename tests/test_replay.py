@@ -55,7 +55,7 @@ def test_another_program_s_reader_reads_ours(tmp_path: Path) -> None:
     save_picture(model.generate(seed=3, steps=4, sampler="heun", label="dog", guidance=2.0)[0], tmp_path / "a.png")
     found = parsers.ParserManager().parse(tmp_path / "a.png")
     (sampler,) = found.samplers
-    assert (sampler.name, sampler.model.name, sampler.model.hash) == ("heun", "m", model.sha256[:10])
+    assert (sampler.name, sampler.model.name, sampler.model.hash) == ("Heun", "m", model.sha256[:10])
     expected = {"seed": "3", "steps": "4", "cfg_scale": "2.0", "scheduler": model.system.config.sampling.schedule}
     assert expected.items() <= sampler.parameters.items()
     assert found.metadata["Size"] == "8x8"
@@ -222,12 +222,47 @@ def test_pictures_of_before_named_labels_only(sound: tuple[Path, dict[str, Any]]
 # --- what is said of the result --------------------------------------------------------------------------------------
 
 
+def test_a_sampler_of_one_s_own_is_told(sound: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    file, settings = sound
+    save_picture(Image.new("RGB", (8, 8)), tmp_path / "p.png", settings | {"sampler": "my_euler"})
+    with pytest.raises(UserError, match="'my_euler', which is unknown here; where code of your own added it"):
+        replay(tmp_path / "p.png", file)
+
+
 def test_a_solver_object_is_told(tmp_path: Path) -> None:
     model = sfumato.load(tiny.write_tiny_model(tmp_path / "m.safetensors"))
     save_picture(model.generate(seed=3, steps=3, sampler=Heun(churn=Churn(2.0)))[0], tmp_path / "p.png")
     assert read_settings(tmp_path / "p.png")["sampler"].startswith("Heun(")
     with pytest.raises(UserError, match=r"drawn with a solver object, Heun\(.*, which its settings do not hold"):
         replay(tmp_path / "p.png")
+
+
+def test_altered_weights_are_told(tmp_path: Path) -> None:
+    model = sfumato.load(tiny.write_tiny_model(tmp_path / "m.safetensors"))
+    next(model.denoiser.network.parameters()).data.add_(0.01)
+    save_picture(model.generate(seed=3, steps=3)[0], tmp_path / "p.png")
+    with Image.open(tmp_path / "p.png") as picture:
+        assert "Model: m," in picture.info["parameters"] and "Model hash" not in picture.info["parameters"]
+    for given in (None, tmp_path / "m.safetensors"):
+        with pytest.raises(UserError, match=r"p.png was drawn by a model that had been altered in Python \(network\)"):
+            replay(tmp_path / "p.png", given)
+    assert "altered" in model.redraw(read_settings(tmp_path / "p.png") or {}).info["sfumato"]
+    for odd in (3, {"parts": 3}, {}, None):
+        settings = {"made_with": {}, "batch": {}, "altered": odd}
+        save_picture(Image.new("RGB", (8, 8)), tmp_path / "q.png", settings, overwrite=True)
+        with pytest.raises(UserError, match=r"altered in Python \(its networks\)"):
+            replay(tmp_path / "q.png")
+
+
+def test_a_saved_model_s_pictures_are_replayed(tmp_path: Path) -> None:
+    model = sfumato.load(tiny.write_tiny_model(tmp_path / "m.safetensors"))
+    next(model.denoiser.network.parameters()).data.add_(0.01)
+    before = model.generate(seed=3, steps=3)[0]
+    model.save(tmp_path / "n.safetensors")
+    picture = sfumato.load(tmp_path / "n.safetensors").generate(seed=3, steps=3)[0]
+    assert before.tobytes() == picture.tobytes()
+    first, second = again(picture, tmp_path)
+    assert first == second
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 import sfumato
 from sfumato import GaussianDiffusion, Unet, UserError
 from sfumato.diffusion.assignment import assign
+from sfumato.networks.unet_2d import UNet2DConfig, UNet2DModel
+from sfumato.random import NoiseSource
 
 SIZE, T = 16, 20
 OBJECTIVES = ("pred_noise", "pred_x0", "pred_v")
@@ -343,6 +347,10 @@ def test_self_conditioning_feeds_the_last_estimate() -> None:
         ({"sampling_timesteps": T + 1}, "sampling_timesteps must lie in 1 … timesteps"),
         ({"sampling_timesteps": 0}, "sampling_timesteps must lie in 1 … timesteps"),
         ({"timesteps": 1}, "timesteps must be at least 2"),
+        ({"timesteps": 20.0}, "timesteps must be a whole number, got 20.0"),
+        ({"timesteps": "20"}, "timesteps must be a whole number, got '20'"),
+        ({"sampling_timesteps": 5.0}, "sampling_timesteps must be a whole number, got 5.0"),
+        ({"channels": 1}, "channels is 1, but Unet says that its pictures have 3"),
         ({"beta_schedule": "linear", "timesteps": 19}, "at least 20 timesteps"),
         ({"ddim_sampling_eta": 2.0}, "eta must lie in"),
         ({"vb_loss_weight": 0.001}, "learned_variance=True"),
@@ -362,6 +370,10 @@ def test_what_cannot_work_is_refused(options: dict[str, Any], words: str) -> Non
         ({"dim": 7}, "dim must be even"),
         ({"dim": 2}, "at least 4"),
         ({"dim_mults": ()}, "at least one level"),
+        ({"dim_mults": (1, 0)}, r"dim_mults\[1\] must be a whole number of at least 1, got 0"),
+        ({"channels": 0}, "channels must be a whole number of at least 1, got 0"),
+        ({"channels": 3.0}, "channels must be a whole number of at least 1, got 3.0"),
+        ({"out_dim": 0}, "out_dim must be a whole number of at least 1, got 0"),
         ({"full_attn": (True,)}, "full_attn needs one value, or one for each of the 2 levels"),
         ({"learned_sinusoidal_cond": True, "learned_sinusoidal_dim": 5}, "learned_sinusoidal_dim must be even"),
         ({"dim_mult": (1, 2)}, "did you mean 'dim_mults'"),
@@ -383,12 +395,155 @@ def test_misfits_are_refused() -> None:
         made.sample(1, seed=-1)
     with pytest.raises(UserError, match="unknown loss_reduction"):
         made(pictures(), loss_reduction="sum")
-    with pytest.raises(UserError, match="attribute 'channels'"):
-        diffusion(nn.Identity())
+    for size in (0, -1):
+        with pytest.raises(UserError, match=f"batch_size must be at least 1, got {size}"):
+            made.sample(size)
+    with pytest.raises(UserError, match="batch_size must be a whole number, got 2.0"):
+        made.sample(2.0)  # type: ignore[arg-type]
+    x = normals(2)
+    for times, words in (
+        ([0, T], rf"times must lie in 0 … {T - 1} \(timesteps is {T}\), got {T}"),
+        ([-1, 0], "got -1"),
+        ([0.0, float("nan")], "got nan"),
+        ([0, 1, 2], r"one for each of the 2 pictures, got \(3,\)"),
+    ):
+        for ask in (
+            lambda t: made(pictures(2), times=t),
+            lambda t: made.p_losses(x, t),
+            lambda t: made.q_sample(x, t),
+            lambda t: made.model_predictions(x, t),
+            lambda t: made.q_posterior(x, x, t),
+        ):
+            with pytest.raises(UserError, match=words):
+                ask(torch.tensor(times))
     with pytest.raises(UserError, match="out_dim must be its channels"):
         diffusion(unet(out_dim=5))
     with pytest.raises(UserError, match="vb_loss_weight must be positive"):
         diffusion(unet(learned_variance=True), vb_loss_weight=0.0)
+
+
+# --- other networks --------------------------------------------------------------------------------------------------
+
+
+class Plain(nn.Module):
+    """A network of (x, t) that tells nothing of itself."""
+
+    def __init__(self, channels: int = 3) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        out: Tensor = self.conv(x) + t.view(-1, 1, 1, 1) / T
+        return out
+
+
+@dataclass
+class Answer:
+    sample: Tensor
+
+
+class WithConfig(Plain):
+    """A network as diffusers has them: channels in its config, further arguments, an answer with a field."""
+
+    config = SimpleNamespace(in_channels=3, out_channels=3)
+
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: None = None) -> Answer:  # type: ignore[override]
+        return Answer(super().forward(sample, timestep))
+
+
+def test_a_network_of_x_and_t_trains_and_draws() -> None:
+    drawn = []
+    for kind, options in ((Plain, {"channels": 3}), (WithConfig, {})):
+        torch.manual_seed(0)
+        made = diffusion(kind(), objective="pred_v", **options)
+        assert not made.self_condition and not made.learned_variance
+        made(pictures()).backward()
+        assert all(p.grad is not None for p in made.model.parameters())
+        drawn.append(made.sample(2, seed=0))
+    assert drawn[0].shape == (2, 3, SIZE, SIZE) and torch.equal(*drawn)
+
+
+def test_this_library_s_own_network() -> None:
+    levels = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "layers_per_block": 1}
+    config = {"block_out_channels": (8,), "norm_num_groups": 4, "in_channels": 1, **levels}
+    made = diffusion(UNet2DModel(UNet2DConfig.from_dict(config | {"out_channels": 1})))
+    assert made.channels == 1 and made.sample(1, seed=0).shape == (1, 1, SIZE, SIZE)
+    made(pictures(channels=1)).backward()
+    learned = diffusion(UNet2DModel(UNet2DConfig.from_dict(config | {"out_channels": 2})))
+    assert learned.learned_variance and learned.sample(1, seed=0).shape == (1, 1, SIZE, SIZE)
+
+
+def test_networks_that_cannot_be_called_are_refused() -> None:
+    with pytest.raises(UserError, match="Plain does not say how many channels its pictures have; give channels=3"):
+        diffusion(Plain())
+    with pytest.raises(UserError, match=r"Identity cannot be called as model\(x, t\); wrap it in a module"):
+        diffusion(nn.Identity(), channels=3)
+    feeding = Plain()
+    feeding.channels, feeding.self_condition = 3, True  # type: ignore[assignment]
+    with pytest.raises(UserError, match=r"Plain cannot be called as model\(x, t, x_self_cond\)"):
+        diffusion(feeding)
+
+
+# --- what is known of one level --------------------------------------------------------------------------------------
+
+
+def test_what_goes_with_what() -> None:
+    made, x0, noise, t = diffusion(), normals(4, 1), normals(4, 2), torch.tensor([0, 3, 10, T - 1])
+    bar = made.alphas_cumprod[t].double().view(-1, 1, 1, 1)
+    alpha, sigma = bar.sqrt().float(), (1 - bar).sqrt().float()
+    x_t, v = alpha * x0 + sigma * noise, alpha * noise - sigma * x0
+    close = {"rtol": 1e-3, "atol": 2e-3}
+    torch.testing.assert_close(made.q_sample(x0, t, noise), x_t, **close)
+    torch.testing.assert_close(made.predict_v(x0, t, noise), v, **close)
+    torch.testing.assert_close(made.predict_start_from_v(x_t, t, v), x0, **close)
+    torch.testing.assert_close(made.predict_noise_from_start(x_t, t, x0)[1:], noise[1:], **close)
+    torch.testing.assert_close(made.predict_start_from_noise(x_t, t, noise)[:-1], x0[:-1], **close)
+
+
+def test_the_posterior_is_that_of_the_stored_tables() -> None:
+    made, x0, x_t, t = diffusion(), normals(4, 1), normals(4, 2), torch.tensor([0, 3, 10, T - 1])
+    mean, variance, log_variance = made.q_posterior(x0, x_t, t)
+    first, second, spread, log_spread = (
+        made.get_buffer(name)[t].view(-1, 1, 1, 1)
+        for name in (
+            "posterior_mean_coef1",
+            "posterior_mean_coef2",
+            "posterior_variance",
+            "posterior_log_variance_clipped",
+        )
+    )
+    torch.testing.assert_close(mean, first * x0 + second * x_t)
+    torch.testing.assert_close(variance.float(), spread)
+    torch.testing.assert_close(log_variance.float(), log_spread)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_predictions_are_the_network_s(objective: str) -> None:
+    made, x, t = diffusion(objective=objective), normals(), torch.tensor([1, 3, 10, 15])
+    out = made.model(x, t.float())
+    noise, x0 = made.model_predictions(x, t)
+    torch.testing.assert_close(made.predict_start_from_noise(x, t, noise), x0, rtol=1e-4, atol=1e-4)
+    said = {"pred_noise": noise, "pred_x0": x0, "pred_v": made.predict_v(x0, t, noise)}[objective]
+    torch.testing.assert_close(said, out, rtol=1e-4, atol=1e-4)
+    clipped = made.model_predictions(x, t, clip_x_start=True)
+    again = made.model_predictions(x, t, clip_x_start=True, rederive_pred_noise=True)
+    assert clipped.pred_x_start.abs().max() <= 1 and torch.equal(clipped.pred_x_start, x0.clamp(-1, 1))
+    agreeing = made.predict_noise_from_start(x, t, clipped.pred_x_start)
+    torch.testing.assert_close(again.pred_noise, agreeing)
+    assert torch.equal(clipped.pred_noise, noise if objective == "pred_noise" else again.pred_noise)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_step_is_drawn_from_its_mean_and_variance(learned: bool) -> None:
+    made, x = diffusion(unet(learned_variance=learned)).eval(), normals(2)
+    for t in (0, 7, T - 1):
+        mean, variance, log_variance, x0 = made.p_mean_variance(x, torch.full((2,), t))
+        stepped, expected = made.p_sample(x, t, noise=NoiseSource([0, 1], x.shape[1:]))
+        torch.testing.assert_close(expected, x0)
+        assert torch.isfinite(log_variance).all()
+        z = NoiseSource([0, 1], x.shape[1:]).draw()
+        spread = torch.sqrt(variance) * z if t else 0
+        torch.testing.assert_close(stepped, (mean + spread).float(), rtol=1e-4, atol=1e-4)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------

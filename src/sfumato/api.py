@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,13 @@ from sfumato.diffusion.solvers import SOLVERS, Solver, find
 from sfumato.errors import ModelFileError, UserError, nearest, raise_unknown
 from sfumato.images import PictureError, to_pil, with_settings
 from sfumato.networks.attention import KERNELS, Kernel, attention_kernel, sdpa
-from sfumato.systems import Drawing, Opened, open_system
+from sfumato.systems import Drawing, Opened, fingerprint, open_system
 from sfumato.systems.asked import Asked, check_types
 from sfumato.systems.config import DTYPES, dtype_name
+from sfumato.systems.convert import OWN, save
 from sfumato.systems.ddpm import DDPM
 from sfumato.systems.latent import Latent
-from sfumato.systems.stable_diffusion import config_of
+from sfumato.systems.stable_diffusion import config_of, refuse_missing
 from sfumato.tasks.draw import (
     LOG,
     Guidance,
@@ -54,7 +55,7 @@ from sfumato.tasks.draw import (
 )
 from sfumato.tasks.edit import Source, composited, edit, enlarged, gone, last_levels, scale_of
 from sfumato.tasks.fast import fitted
-from sfumato.tasks.original import Given, Original, layout_given, map_restored
+from sfumato.tasks.original import Given, Original, Values, layout_given, map_restored
 from sfumato.training import state
 from sfumato.training.first_stage import codec_file
 
@@ -101,6 +102,7 @@ class Model:
     ) -> None:
         if not isinstance(opened.system, DDPM | Latent):
             raise UserError(f"{name} holds a {opened.system.kind} model, which draws nothing by itself")
+        refuse_missing(name, opened.missing)
         self.system: Drawing = opened.system
         self.name, self.sha256, self.notes, self.opening = name, opened.sha256, opened.notes, opened.opening
         self.device = choose_device(device)
@@ -125,6 +127,7 @@ class Model:
             network.to(memory_format=registry.BACKENDS[self.backend].memory_format)  # type: ignore[call-overload]
         self.convolution = self._convolution(convolution)
         registry.engage(self.backend, networks, self.device, DTYPES[self.dtype], self.convolution, self.offload)
+        self._seen = fingerprint.of(networks)
 
     @property
     def denoiser(self) -> Denoiser:
@@ -142,6 +145,7 @@ class Model:
         *,
         count: int = 1,
         seed: int | None = None,
+        same_seed: bool = False,
         steps: int | None = None,
         sampler: str | Solver[Any] | None = None,
         schedule: str | None = None,
@@ -149,7 +153,7 @@ class Model:
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
         negative: str | None = None,
-        label: str | Sequence[str] | None = None,
+        label: str | int | Sequence[str | int] | None = None,
         width: int | None = None,
         height: int | None = None,
         dialect: str | None = None,
@@ -172,18 +176,18 @@ class Model:
             prompt: what to draw, for models that read text; or several, whose pictures follow one another.
             negative: what not to draw; guidance leads away from it.
             seed: of the first picture; picture i has `seed + i`. None draws one (it is in the settings).
+            same_seed: every prompt's pictures begin again with `seed`, so that prompts can be compared.
             steps, sampler, schedule, guidance: None for the model's own defaults; `sampler` may be a `Solver`. Any
                 program's names will do (`sfumato samplers`, `sfumato schedules`); a sampler's may carry the schedule's.
             guidance_rescale: phi in [0, 1], pulls the spread of guided outputs back (Lin 2023).
             guidance_interval: noise-to-signal ratios (low, high) within which guidance acts; None for the model's own.
-            label: a class of a class-conditional model, or several, which the pictures take in turn; "all" is every
-                class in turn; None leaves the class open.
+            label: a class of a class-conditional model by its name or its place in `labels`, or several, which the
+                pictures take in turn; "all" is every class in turn; None leaves the class open.
             width, height: in pixels; None for the map's, else the model's own. Pixel-space models draw that only.
             dialect: how brackets and weights in prompts are read (a1111, comfy, compel, plain), for CLIP text towers.
             clip_skip: how many of the text tower's last layers are left out (0: none), of both prompts.
             variation: a second seed, towards whose noise each picture's own is turned by `variation_strength` (0.1).
-            towards, towards_seed: a second prompt, a second seed: the `count` pictures lead from the first to it in
-                equal steps, all with the one seed `seed`.
+            towards, towards_seed: a second prompt, seed: the `count` pictures lead to it in equal steps, all of `seed`.
             hires: draw, enlarge by this factor, and draw over it once more with `hires_strength` (0.5).
             layout: boxes `{"label": …, "box": [x, y, width, height]}` in fractions of the picture, or their JSON file.
             map: a class for every pixel, a PNG with a palette or of grey values, for models that read maps.
@@ -201,36 +205,36 @@ class Model:
         check_types(locals())
         _refuse_strength_alone(variation=(variation, variation_strength), hires=(hires, hires_strength))
         texts, names = self._texts(prompt, count), self._named(label)
-        words: dict[str, Any] = {"dialect": dialect, "clip_skip": clip_skip} | _places(layout, map)
+        words = {"dialect": dialect, "clip_skip": clip_skip} | _places(layout, map)
+        words |= _turned(variation, variation_strength)
         if map is not None:
             width, height = width or words["map"].size[0], height or words["map"].size[1]
-        if variation is not None:
-            words |= {"variation": variation, "strength": 0.1 if variation_strength is None else variation_strength}
-        asked = [Asked(text, negative, names[i % len(names)], **words) for i, text in enumerate(texts)]
-        way = towards is not None or towards_seed is not None
-        if way:
+        each = count if same_seed else len(texts)
+        asked = [Asked(text, negative, names[i % each % len(names)], **words) for i, text in enumerate(texts)]
+        if way := towards is not None or towards_seed is not None:
             asked = _on_the_way(asked, towards, towards_seed, len(set(texts)) > 1 or variation is not None)
         self._refuse_what_does_not_apply(asked[0], width, height)
         how = Guidance(guidance, guidance_rescale, guidance_interval)
         settings = self._settings(steps, sampler, schedule, how, asked[0], width, height)
         settings |= _second_pass(self.system, hires, hires_strength, settings, words.get("map"))
         settings |= self._savings(fast, settings, sampler, how)
-        return self._all(asked, names, seed, settings, sampler, on_step, on_plan, same=way)
+        return self._all(asked, names, seed, settings, sampler, on_step, on_plan, each=each, same=way)
 
     def edit(
         self,
-        picture: Given,
+        picture: Given | Values,
         prompt: str | Sequence[str] | None = None,
         *,
-        mask: Given | None = None,
+        mask: Given | Values | None = None,
         box: Sequence[int] | None = None,
         outpaint: Sequence[int] | None = None,
-        depth: Given | None = None,
+        depth: Given | Values | None = None,
         strength: float | None = None,
         noise_level: int | None = None,
         upscale: float | None = None,
         count: int = 1,
         seed: int | None = None,
+        same_seed: bool = False,
         steps: int | None = None,
         sampler: str | Solver[Any] | None = None,
         schedule: str | None = None,
@@ -238,7 +242,7 @@ class Model:
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
         negative: str | None = None,
-        label: str | Sequence[str] | None = None,
+        label: str | int | Sequence[str | int] | None = None,
         dialect: str | None = None,
         clip_skip: int | None = None,
         fast: int | FastSettings | None = None,
@@ -248,10 +252,12 @@ class Model:
         """Change a picture, `count` times (for each prompt).
 
         Args:
-            picture: a file or a Pillow picture, of any size (a pixel-space model takes its own).
+            picture: a file, a Pillow picture, or values (`tasks.original.Values`: an array (H, W, 3) of uint8 or in
+                [0, 1], a tensor (3, H, W) of uint8 or in [-1, 1]), of any size (a pixel-space model takes its own).
             mask, box, outpaint: what is redrawn: where a mask is white; a box (x, y, width, height); what is added on
-                the left, top, right and bottom. None: the whole picture. Pixels outside stay as they are, bit for bit.
-            depth: the picture's inverse depth, near is bright, for models that follow it.
+                the left, top, right and bottom. None: the whole picture. Pixels outside stay as they are, bit for bit,
+                with their transparency; what is redrawn is opaque. A mask as values: (H, W), bool or in [0, 1].
+            depth: the picture's inverse depth, near is bright, for models that follow it; values (H, W) of any range.
             strength: how far the picture is forgotten, in (0, 1]; None for 0.8, or 1 within a mask.
             noise_level: of the small picture, for models that enlarge; None for 20, or as noisy as it was trained with.
             upscale: enlarge the picture first, so that the model draws over it at the larger size.
@@ -275,14 +281,15 @@ class Model:
         )  # fmt: skip
         texts, names = self._texts(prompt, count), self._named(label)
         words: dict[str, Any] = {"dialect": dialect, "clip_skip": clip_skip}
-        asked = [Asked(text, negative, names[i % len(names)], **words) for i, text in enumerate(texts)]
+        each = count if same_seed else len(texts)
+        asked = [Asked(text, negative, names[i % each % len(names)], **words) for i, text in enumerate(texts)]
         how = Guidance(guidance, guidance_rescale, guidance_interval)
         width, height = (side * enlarges for side in original.picture.size)
         self._refuse_what_does_not_apply(asked[0], width, height)
         settings = self._settings(steps, sampler, schedule, how, asked[0], width, height)
         settings |= {"edit": original.stored()}
         settings |= self._savings(fast, settings, sampler, how)
-        return self._all(asked, names, seed, settings, sampler, on_step, on_plan, original=original)
+        return self._all(asked, names, seed, settings, sampler, on_step, on_plan, each=each, original=original)
 
     def _all(
         self,
@@ -294,10 +301,11 @@ class Model:
         on_step: Hook,
         on_plan: Callable[[int], None] | None,
         *,
+        each: int,
         same: bool = False,
         original: Original | None = None,
     ) -> list[Image.Image]:
-        """All pictures, batch by batch; `same` gives all of them one seed."""
+        """All pictures, batch by batch; seeds begin again after `each` of them, `same` gives all of them one."""
         first = secrets.randbelow(2**32) if seed is None else seed
         if not 0 <= first < 2**63 - len(asked):
             raise UserError(f"seed must be at least 0 and below 2^63, got {first}")
@@ -309,9 +317,9 @@ class Model:
         if self._tiles(settings["width"], settings["height"]):
             settings = settings | {"tiled": True}
         if on_plan is not None:
-            on_plan(_steps_each(settings) * -(-len(asked) // together))
-        for start in range(0, len(asked), together):
-            part = asked[start : start + together]
+            on_plan(_steps_each(settings) * -(-each // together) * (len(asked) // each))
+        for begin, start in ((b, s) for b in range(0, len(asked), each) for s in range(0, each, together)):
+            part = asked[begin + start : begin + min(start + together, each)]
             pictures += self._draw_batch(
                 first if same else first + start, part, settings, sampler, on_step, same=same, original=original
             )
@@ -365,7 +373,7 @@ class Model:
             first, index, same = int(batch["seed"]), int(batch["index"]), bool(batch.get("same_seed", False))
             said = batch["asked"] if "asked" in batch else [{"label": label} for label in batch["labels"]]
             asked = [Asked.restored(values | ({"map": classes} if "map" in values else {})) for values in said]
-            chosen = {"model": self.name, "model_hash": self.sha256} | {key: settings[key] for key in known}
+            chosen = self._weights() | {key: settings[key] for key in known}
             chosen |= {key: settings[key] for key in _SOMETIMES if key in settings}
             FastSettings.restored(chosen.get("fast", {}))
         except (KeyError, TypeError, ValueError):
@@ -446,15 +454,29 @@ class Model:
         pictures = to_pil(edit(self.system, source, **how).cpu())
         if source.mask is None:
             return pictures
+        if original.clear is not None:
+            return [_composited(picture.convert("RGB"), original.clear, source.mask) for picture in pictures]
         kept = original.picture.convert(pictures[0].mode)
         return [_composited(picture, kept, source.mask) for picture in pictures]
 
-    def _named(self, label: str | Sequence[str] | None) -> list[str | None]:
-        """The labels that pictures take in turn."""
-        names: list[str | None] = [label] if label is None or isinstance(label, str) else list(label) or [None]
+    def _named(self, label: str | int | Sequence[str | int] | None) -> list[str | None]:
+        """The labels that pictures take in turn; a number is the place in `labels`."""
+        one = label is None or isinstance(label, str) or not isinstance(label, Iterable)
+        given: list[Any] = [label] if one else list(label) or [None]  # type: ignore[arg-type]
+        names = [self._label(value) for value in given]
         if [name.casefold() for name in names if name is not None] == ["all"] and self.labels:
             return list(self.labels)
         return names
+
+    def _label(self, value: Any) -> str | None:
+        """The name of a class that was given by its name or its number."""
+        if value is None or isinstance(value, str):
+            return value
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise UserError(f"a label is a name or a whole number, got {value!r}")
+        if not 0 <= value < len(self.labels):
+            raise UserError(f"label {value} is not among the model's {len(self.labels)} classes, numbered from 0")
+        return self.labels[value]
 
     def _settings(
         self,
@@ -481,9 +503,7 @@ class Model:
         if scale == 1 and (guidance.rescale or guidance.interval is not None):
             what = "rescaling" if guidance.rescale else "interval"
             raise UserError(f"the {what} of guidance does nothing where guidance is off (1); give --guidance above 1")
-        settings = {
-            "model": self.name,
-            "model_hash": self.sha256,
+        settings = self._weights() | {
             "steps": choose_steps(self.system, spacing, steps),
             "sampler": find(chosen)[0].name if isinstance(chosen, str) else _name_of(self.system, chosen),
             "schedule": spacing,
@@ -502,6 +522,41 @@ class Model:
         if interval is not None and scale != 1:
             settings["guidance_interval"] = list(interval)
         return settings
+
+    def _weights(self) -> dict[str, Any]:
+        """What settings say of the weights: the hash of their file, or that they have been altered in Python since."""
+        parts = fingerprint.altered(self._seen, fingerprint.of(self.system.networks()))
+        if not parts:
+            return {"model": self.name, "model_hash": self.sha256}
+        return {"model": self.name, "altered": {"parts": list(parts), "model_hash": self.sha256}}
+
+    def save(
+        self,
+        path: str | Path,
+        to: str | None = None,
+        *,
+        dtype: str | torch.dtype | None = None,
+        overwrite: bool = False,
+    ) -> tuple[str, ...]:
+        """Write the model as its networks are now; the target appears whole or not at all, the model stays as it is.
+
+        Args:
+            path: of a file (`.safetensors`), or of a new or empty folder for "diffusers".
+            to: "sfumato" (or None), one file with the whole config, for every model; "single-file", Stable Diffusion's
+                file; "diffusers", a folder.
+            dtype: of the weights: float32, bfloat16 or float16; None keeps the types that they have in memory, where a
+                large model may have been opened in half precision.
+            overwrite: take the place of a file that is there; a folder is never replaced.
+
+        Returns:
+            What a user should know of what was written, each in one sentence.
+
+        Raises:
+            UserError: for a target that stands in the way, networks with layers around their own, and a model that the
+                layout has no place for.
+        """
+        kind = None if dtype is None else dtype_name(dtype)
+        return save(self.system, path, to=to or OWN, dtype=kind, overwrite=overwrite, what=self.name).notes
 
     def _savings(
         self, fast: int | FastSettings | None, settings: dict[str, Any], sampler: Any, guidance: Guidance
@@ -569,6 +624,11 @@ def _places(layout: str | Path | Sequence[Any] | None, classes: Given | None) ->
     """What is said of places, opened: a layout, a map, both or neither."""
     boxes = {} if layout is None else {"layout": layout_given(layout)}
     return boxes | ({} if classes is None else {"map": ClassMap.of(classes)})
+
+
+def _turned(variation: int | None, strength: float | None) -> dict[str, Any]:
+    """What is said of a second seed, towards which the noise is turned: nothing where there is none."""
+    return {} if variation is None else {"variation": variation, "strength": 0.1 if strength is None else strength}
 
 
 def _on_the_way(

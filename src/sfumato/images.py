@@ -1,8 +1,8 @@
 """Pictures at the border of the library: tensors in [-1, 1] become Pillow images, contact sheets and files.
 
 A saved picture carries the settings that made it, twice. Once as the `parameters` text that Stable Diffusion
-front ends read (a PNG text chunk of that name; EXIF UserComment in JPEG and WebP), and once as JSON without
-loss: in PNG an iTXt chunk named `sfumato`, in JPEG and WebP the EXIF ImageDescription (0x010E) behind the
+front ends read (`infotext.py`; a PNG text chunk of that name, EXIF UserComment in JPEG and WebP), and once as JSON
+without loss: in PNG an iTXt chunk named `sfumato`, in JPEG and WebP the EXIF ImageDescription (0x010E) behind the
 prefix `sfumato:`. The JSON is pure ASCII (other characters are escaped), which that EXIF field asks for and
 which lets any prompt survive, whatever its script. A file is written beside its final place and then renamed,
 so a reader finds the whole picture or none.
@@ -11,9 +11,6 @@ so a reader finds the whole picture or none.
 >>> picture = with_settings(to_pil(torch.zeros(3, 8, 8))[0], {"prompt": "a fox", "steps": 20, "seed": 7})
 >>> picture.size, picture.getpixel((0, 0))
 ((8, 8), (128, 128, 128))
->>> print(infotext(picture.info["sfumato"]).rpartition(", Version")[0])
-a fox
-Steps: 20, Seed: 7
 >>> import tempfile, pathlib
 >>> with tempfile.TemporaryDirectory() as folder:
 ...     path = pathlib.Path(folder) / "fox.webp"
@@ -24,12 +21,10 @@ Steps: 20, Seed: 7
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
 import json
 import math
 import os
-import re
 import secrets
 import struct
 import warnings
@@ -43,8 +38,8 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageEr
 from torch import Tensor
 
 from sfumato.errors import UserError, nearest
+from sfumato.infotext import Settings, infotext, parse_comfy, parse_infotext, program_of
 
-Settings = Mapping[str, Any]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 JSON_KEY = "sfumato"
@@ -103,7 +98,7 @@ def from_pil(images: Sequence[Image.Image] | Image.Image, mode: str = "RGB") -> 
         mode: "RGB" (C = 3), "L" (C = 1) or "RGBA" (C = 4).
 
     Raises:
-        UserError: no picture, unequal sizes, an unknown `mode`, or a picture with more than 8 bits a channel.
+        UserError: no picture, unequal sizes, an unknown `mode`, or a picture of 32-bit pixels.
     """
     pictures = [images] if isinstance(images, Image.Image) else list(images)
     if mode not in _MODES.values():
@@ -118,15 +113,31 @@ def from_pil(images: Sequence[Image.Image] | Image.Image, mode: str = "RGB") -> 
 
 
 def as_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Convert to "L", "RGB" or "RGBA"; what is transparent goes onto white unless `mode` keeps it."""
+    """Convert to "L", "RGB" or "RGBA", as `eight_bits`; what is transparent goes onto white unless `mode` keeps it."""
     if image.mode == mode:
         return image
-    if image.mode.startswith(("I", "F")):
-        raise UserError(f"the picture has mode {image.mode!r}, more than 8 bits a channel; expected 8 bits")
+    image = eight_bits(image)
     if mode != "RGBA" and image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert(mode)
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey as 8 bits, divided by 257 so that 65535 becomes 255; a picture of 8 bits as it is.
+
+    Raises:
+        UserError: 32-bit pixels, whose range nothing says.
+    """
+    if image.mode in ("I", "F"):
+        raise UserError(f"32-bit pixels (mode {image.mode}) have no known range; save it with 8 or 16 bits")
+    if not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image).astype(np.uint32)
+    grey = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if isinstance(transparent := image.info.get("transparency"), int):
+        grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def sheet(
@@ -203,114 +214,7 @@ def _wrapped(label: str, font: Font, width: int, lines: int = 3) -> str:
     return "\n".join(done)
 
 
-# --- settings as text -------------------------------------------------------------------------------------
-
-_LABELS = {
-    "steps": "Steps",
-    "sampler": "Sampler",
-    "schedule": "Schedule type",
-    "guidance": "CFG scale",
-    "seed": "Seed",
-    "size": "Size",
-    "model_hash": "Model hash",
-    "model": "Model",
-    "strength": "Denoising strength",
-}
-_TYPES: dict[str, type] = {"steps": int, "guidance": float, "seed": int, "strength": float}
-_KEYS = {label: key for key, label in _LABELS.items()}
-_NEGATIVE = "Negative prompt:"
-_PAIR = re.compile(r'(\w[\w \-/]{1,100}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  # bounded names: linear time
-_LONGEST_LINE = 100_000
-
-
-def infotext(settings: Settings) -> str:
-    """Write settings as the `parameters` text of Stable Diffusion front ends; `parse_infotext` reads it back.
-
-    The prompt, `Negative prompt: ...` where there is one, and a line `Steps: 20, Sampler: ..., Version: ...`.
-    The text is for other programs and loses what it has no name for; the JSON beside it keeps everything.
-
-    Args:
-        settings: read here are `prompt`, `negative`, `steps`, `sampler`, `schedule`, `guidance`, `seed`,
-            `width`, `height`, `model_hash` (its first ten digits are written), `model`, `strength` and
-            `other` (a dict of further names and values). What is missing, None or empty is left out.
-    """
-    values = {key: settings.get(key) for key in _LABELS}
-    if settings.get("width") is not None and settings.get("height") is not None:
-        values["size"] = f"{settings['width']}x{settings['height']}"
-    if values["model_hash"]:
-        values["model_hash"] = str(values["model_hash"])[:10]
-    pairs = [(_LABELS[key], value) for key, value in values.items()]
-    pairs += [*(settings.get("other") or {}).items(), ("Version", f"Sfumato {_version()}")]
-    line = ", ".join(f"{label}: {_quoted(value)}" for label, value in pairs if value not in (None, ""))
-    prompt, negative = (settings.get(key) or "" for key in ("prompt", "negative"))
-    return f"{prompt}\n{f'{_NEGATIVE} {negative}' if negative else ''}".strip() + f"\n{line}"
-
-
-def parse_infotext(text: str) -> dict[str, Any]:
-    """Read the `parameters` text of Stable Diffusion front ends into the keys that `infotext` writes.
-
-    The last line counts as settings if it holds at least three `name: value` pairs; else it is prompt. Names
-    that have no key here, and values that do not read as the number they should be, are kept as text under
-    `other`; the program's own name is under `version`. Nothing is filled in that the text does not say.
-
-    Raises:
-        UserError: the last line is longer than 100,000 characters.
-    """
-    *lines, last = text.strip().split("\n")
-    if len(last) > _LONGEST_LINE:
-        raise UserError(
-            f"the settings line of the picture's text has {len(last)} characters; "
-            f"at most {_LONGEST_LINE} are read"
-        )
-    pairs = _PAIR.findall(last)
-    if len(pairs) < 3:
-        lines, pairs = [*lines, last], []
-    parts: dict[str, list[str]] = {"prompt": []}
-    current = "prompt"
-    for line in (line.strip() for line in lines):
-        if line.startswith(_NEGATIVE):
-            current, line = "negative", line.removeprefix(_NEGATIVE).strip()
-        parts.setdefault(current, []).append(line)
-    settings: dict[str, Any] = {key: "\n".join(found) for key, found in parts.items()}
-    for label, value in pairs:
-        _keep_pair(settings, label.strip(), _unquoted(value.strip()))
-    return settings if text.strip() else {}
-
-
-def _keep_pair(settings: dict[str, Any], label: str, value: str) -> None:
-    key = "version" if label == "Version" else _KEYS.get(label)
-    size = re.fullmatch(r"(\d{1,9})x(\d{1,9})", value)
-    if key == "size" and size:
-        settings["width"], settings["height"] = int(size[1]), int(size[2])
-        return
-    try:
-        if key is not None and key != "size":
-            settings[key] = _TYPES.get(key, str)(value)
-            return
-    except ValueError:
-        pass  # not the number that belongs here: kept as it stands, below
-    settings.setdefault("other", {})[label] = value
-
-
-def _quoted(value: object) -> str:
-    text = str(value)
-    return json.dumps(text, ensure_ascii=False) if re.search(r'[,\n:]|^"', text) else text
-
-
-def _unquoted(text: str) -> str:
-    if len(text) < 2 or text[0] != '"' or text[-1] != '"':
-        return text
-    try:
-        return str(json.loads(text))
-    except ValueError:
-        return text
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("sfumato")
-    except importlib.metadata.PackageNotFoundError:
-        return "(source tree)"
+# --- settings as JSON -------------------------------------------------------------------------------------
 
 
 def _json(settings: Settings) -> str:
@@ -496,7 +400,8 @@ _UNREADABLE = (
 
 
 def read_settings(file: str | os.PathLike[str] | IO[bytes]) -> dict[str, Any] | None:
-    """The settings inside a PNG, JPEG or WebP file: our own JSON if it is there, else the `parameters` text.
+    """The settings inside a PNG, JPEG or WebP file: our own JSON if it is there, else the `parameters` text, else those
+    of a plain graph of ComfyUI.
 
     Args:
         file: a path, or a binary file open for reading.
@@ -505,7 +410,8 @@ def read_settings(file: str | os.PathLike[str] | IO[bytes]) -> dict[str, Any] | 
         The settings, or None for a picture that carries none.
 
     Raises:
-        UserError: no such file, not a picture of these formats, or settings that are damaged.
+        UserError: no such file, not a picture of these formats, settings that are damaged, or those of a program that
+            are not read.
     """
     name = repr(os.fspath(file)) if isinstance(file, (str, os.PathLike)) else "the picture"
     try:
@@ -513,6 +419,7 @@ def read_settings(file: str | os.PathLike[str] | IO[bytes]) -> dict[str, Any] | 
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=("PNG", "JPEG", "WEBP")) as image:
                 described, text = _picture_texts(image)
+                texts = {str(key): value for key, value in image.info.items() if isinstance(value, str)}
     except FileNotFoundError as error:
         raise UserError(f"there is no picture {name}") from error
     except UnidentifiedImageError as error:
@@ -526,6 +433,20 @@ def read_settings(file: str | os.PathLike[str] | IO[bytes]) -> dict[str, Any] | 
         return parse_infotext(text)
     if described is not None:
         raise UserError(f"the settings inside {name} are damaged: they are not a JSON object")
+    return _foreign(texts, name)
+
+
+def _foreign(texts: Mapping[str, str], name: str) -> dict[str, Any] | None:
+    """What another program than A1111 wrote into the picture called `name`."""
+    program = program_of(texts)
+    if program == "ComfyUI" and (settings := parse_comfy(texts.get("prompt", ""))) is not None:
+        return settings
+    if program == "ComfyUI":
+        raise UserError(
+            f"{name} carries the graph of ComfyUI, of which one KSampler behind a text is read; this one is another"
+        )
+    if program is not None:
+        raise UserError(f"{name} carries the settings of {program}, which are not read")
     return None
 
 

@@ -94,7 +94,7 @@ def _holds(path: Path, picture: Image.Image) -> bool:
     with Image.open(path) as old:
         written = io.BytesIO(encode_picture(picture, _SUFFIX[str(old.format)], {}))
         with Image.open(written) as new:
-            return old.size == new.size and old.convert("RGB").tobytes() == new.convert("RGB").tobytes()
+            return old.size == new.size and old.convert("RGBA").tobytes() == new.convert("RGBA").tobytes()
 
 
 def _own_settings(path: Path) -> dict[str, Any]:
@@ -110,9 +110,22 @@ def _own_settings(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} was not drawn by Sfumato ({version}); its settings can be read with `sfumato info`, not replayed"
         )
+    _check_unaltered(settings, path)
     stored.check(settings, str(path))
     _check_sampler(settings["sampler"], path)
     return settings
+
+
+def _check_unaltered(settings: Mapping[str, Any], path: Path) -> None:
+    """Refuse a picture of a model whose networks were altered after it was opened."""
+    if "altered" not in settings:
+        return
+    told = settings["altered"].get("parts") if isinstance(settings["altered"], dict) else None
+    parts = ", ".join(str(part)[:80] for part in told) if isinstance(told, list) else "its networks"
+    raise UserError(
+        f"{path} was drawn by a model that had been altered in Python ({parts:.200}), of which its settings hold "
+        "nothing; only its maker's code can draw it again"
+    )
 
 
 def _check_sampler(name: str, path: Path) -> None:
@@ -121,7 +134,10 @@ def _check_sampler(name: str, path: Path) -> None:
         find(name)
     except UserError:
         if _OBJECT.fullmatch(name) is None:
-            raise
+            raise UserError(
+                f"{path} was drawn with the sampler {name!r}, which is unknown here; where code of your own added it, "
+                "import that code in Python and call sfumato.replay.replay"
+            ) from None
         raise UserError(
             f"{path} was drawn with a solver object, {name[:80]}, which its settings do not hold; "
             "only its maker's code can draw it again"

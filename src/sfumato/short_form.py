@@ -2,7 +2,9 @@
 
 A script written for denoising_diffusion_pytorch in 2022 runs with its import line changed; checkpoints of that package
 open. Nothing is computed here: the noise levels are a `TableSchedule`, the loss an `Objective`, the steps `Ancestral`
-and `Euler`, the loop `sample`.
+and `Euler`, the loop `sample`. Of the package's `GaussianDiffusion` all public methods are here but `noise_assignment`
+(`diffusion.assignment.assign`); its `Trainer` is not: that is `sfumato train`, or a loop of one's own. Any network of
+`(x, t)` may stand in the place of `Unet`.
 
 >>> import torch
 >>> from sfumato import GaussianDiffusion, Unet
@@ -15,12 +17,14 @@ torch.Size([2, 3, 8, 8])
 
 from __future__ import annotations
 
+import inspect
 import math
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal, Never, cast
+from typing import Any, Literal, NamedTuple, Never, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +32,10 @@ from torch import Tensor, nn
 from sfumato.diffusion.denoiser import TIME, Denoiser, Preconditioning, Prediction
 from sfumato.diffusion.guidance import DenoiseFn, clip_x0, unguided
 from sfumato.diffusion.hooks import Hook, keep, told
-from sfumato.diffusion.level import CLEAN, NoiseLevel
+from sfumato.diffusion.level import CLEAN, NoiseLevel, expand
 from sfumato.diffusion.objective import LOSSES, Objective
 from sfumato.diffusion.parameterization import EPS, X0, Parameterization, V
-from sfumato.diffusion.posterior import transition
+from sfumato.diffusion.posterior import learned_log_variance, transition
 from sfumato.diffusion.sample import sample, start
 from sfumato.diffusion.schedule import TableSchedule, cosine_alpha_bar, linear_alpha_bar, sigmoid_alpha_bar
 from sfumato.diffusion.solvers import Ancestral, Euler, Solver
@@ -74,23 +78,45 @@ _OPTIONS = (
     "min_snr_gamma",
     "immiscible",
     "vb_loss_weight",
+    "channels",
 )
 
 LOG_SNR = Preconditioning("log_snr", TIME.scale, lambda level: 2 * level.half_log_snr.clamp(-10, 10))
 """What a network with Fourier features of its time is told, as by the package's continuous-time class."""
 
 
-class _ThreeArguments(nn.Module):
-    """A network of the article's contract, `model(x, t, x_self_cond)`, called as `Denoiser` calls networks."""
+class ModelPrediction(NamedTuple):
+    """What `model_predictions` answers, each (B, C, H, W): the noise, and the clean picture in [-1, 1]."""
 
-    def __init__(self, model: nn.Module, self_condition: bool) -> None:
+    pred_noise: Tensor
+    pred_x_start: Tensor
+
+
+class _Called(nn.Module):
+    """A network called as `Denoiser` calls networks: the article's `model(x, t, x_self_cond)`, or any `model(x, t)`.
+
+    An answer with the field `sample`, as diffusers' networks give, is that field.
+    """
+
+    def __init__(self, model: nn.Module, contract: _Contract) -> None:
         super().__init__()
-        self.model, self.self_condition = model, self_condition
+        self.model, self.contract = model, contract
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        previous, x_t = x.chunk(2, dim=1) if self.self_condition else (None, x)
-        out: Tensor = self.model(x_t, t, previous)
-        return out
+        previous, x_t = x.chunk(2, dim=1) if self.contract.self_condition else (None, x)
+        out = self.model(x_t, t, previous) if self.contract.three else self.model(x_t, t)
+        found: Tensor = out if isinstance(out, Tensor) else out.sample
+        return found
+
+
+class _Contract(NamedTuple):
+    """What a network says of itself: its channels, whether it conditions on itself and learns its variance, and whether
+    it is called with three arguments rather than two."""
+
+    channels: int
+    self_condition: bool
+    learned_variance: bool
+    three: bool
 
 
 class GaussianDiffusion(nn.Module):
@@ -99,9 +125,11 @@ class GaussianDiffusion(nn.Module):
     Pictures go in and come out in [0, 1]. `diffusion(pictures)` is the loss of a training step; `sample` draws.
 
     Args:
-        model: a `Unet`, or any network called as `model(x, t, x_self_cond)` with `channels`, `out_dim` and
-            `self_condition`. If it learns its variance (`out_dim` is twice `channels`) the hybrid loss and the learned
-            variance are used (what the package calls `LearnedGaussianDiffusion`).
+        model: a `Unet`; or any network called as `model(x, t, x_self_cond)` with `channels`, `out_dim` and
+            `self_condition`; or any called as `model(x, t)`, with x (B, C, H, W) and t (B,), whose channels are its
+            attribute `channels`, or `in_channels` of its config, or the argument. If it learns its variance (`out_dim`,
+            or `out_channels` of its config, is twice `channels`) the hybrid loss and the learned variance are used
+            (what the package calls `LearnedGaussianDiffusion`).
         image_size: height and width in pixels, one number or two.
         timesteps: T, the length of the noise schedule.
         sampling_timesteps: steps of `sample`; fewer than T means DDIM. None for T, which is DDPM's own sampling.
@@ -116,6 +144,7 @@ class GaussianDiffusion(nn.Module):
         min_snr_loss_weight, min_snr_gamma: (today's) weight `min(SNR, gamma)` on x0 (Hang 2023); gamma is 5.
         immiscible: (today's) see `Objective.immiscible`.
         vb_loss_weight: weight of the variational bound of a network that learns its variance, 0.001.
+        channels: of the pictures, for a network that does not tell; None for what it tells.
 
     **2022 or today.** Defaults are always 2022's. Without any of today's arguments (those marked so, whatever their
     value, and the two values marked so) everything follows 2022. With one of them, `edition` is "today" and two things
@@ -162,6 +191,7 @@ class GaussianDiffusion(nn.Module):
         min_snr_gamma: float | None = None,
         immiscible: bool | None = None,
         vb_loss_weight: float | None = None,
+        channels: int | None = None,
         **unknown: Never,
     ) -> None:
         super().__init__()
@@ -180,12 +210,16 @@ class GaussianDiffusion(nn.Module):
         today = objective == "pred_v" or beta_schedule == "sigmoid" or any(option is not None for option in options)
         self.edition: Literal["2022", "today"] = "today" if today else "2022"
         self.model, self.objective, self.loss_type = model, objective, loss_type
-        self.channels, self.self_condition, self.learned_variance = _read_model(model)
+        self._contract = _read_model(model, channels)
+        self.channels, self.self_condition, self.learned_variance, _ = self._contract
+        timesteps = _whole("timesteps", timesteps, 2)
         self.image_size, self._sides = image_size, _read_size(image_size, model)
         self.auto_normalize, self._warned = auto_normalize is not False, False
         self.num_timesteps, self.ddim_sampling_eta = timesteps, ddim_sampling_eta
         self.schedule = _table(beta_schedule, timesteps, schedule_fn_kwargs or {})
-        self.sampling_timesteps = timesteps if sampling_timesteps is None else sampling_timesteps
+        self.sampling_timesteps = timesteps
+        if sampling_timesteps is not None:
+            self.sampling_timesteps = _whole("sampling_timesteps", sampling_timesteps)
         if not 1 <= self.sampling_timesteps <= timesteps:
             raise UserError(f"sampling_timesteps must lie in 1 … timesteps ({timesteps}), got {sampling_timesteps}")
         self.is_ddim_sampling = self.sampling_timesteps < timesteps
@@ -214,7 +248,7 @@ class GaussianDiffusion(nn.Module):
         """The network with its schedule and parameterization: what the library's other samplers and guidance take."""
         fourier = bool(getattr(self.model, "random_or_learned_sinusoidal_cond", False))
         return Denoiser(
-            _ThreeArguments(self.model, self.self_condition),
+            _Called(self.model, self._contract),
             self.schedule,
             OBJECTIVES[self.objective],
             preconditioning=LOG_SNR if fourier else TIME,
@@ -270,7 +304,7 @@ class GaussianDiffusion(nn.Module):
         criterion = self.criterion
         if offset_noise_strength is not None:
             criterion = replace(criterion, offset_noise=offset_noise_strength)
-        level = self.schedule.level(t)
+        level = self._level(t, len(x_start))
         loss = criterion(self.denoiser, x_start, generator=torch.default_generator, level=level, eps=noise)
         return loss.value if loss_reduction == "mean" else loss.each
 
@@ -278,7 +312,88 @@ class GaussianDiffusion(nn.Module):
         """Noise pictures in [-1, 1] to times t (B,) in one jump, with the noise given or fresh."""
         if noise is None:
             noise = torch.randn(x_start.shape, generator=torch.default_generator).to(x_start)
-        return self.schedule.level(t).noise(x_start, noise)
+        return self._level(t, len(x_start)).noise(x_start, noise)
+
+    # --- what is known of one level ----------------------------------------------------------------------------------
+
+    def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """The clean picture that goes with x_t and its noise at times t (B,): `(x_t - sigma noise) / alpha`."""
+        return EPS.solve(noise, x_t, self._level(t, len(x_t)))[0]
+
+    def predict_noise_from_start(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
+        """The noise that goes with x_t and its clean picture: `(x_t - alpha x0) / sigma`."""
+        return X0.solve(x0, x_t, self._level(t, len(x_t)))[1]
+
+    def predict_v(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """`v = alpha noise - sigma x_start` (Salimans 2022)."""
+        return V.target(x_start, noise, self._level(t, len(x_start)))
+
+    def predict_start_from_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        """The clean picture that goes with x_t and v: `alpha x_t - sigma v`."""
+        return V.solve(v, x_t, self._level(t, len(x_t)))[0]
+
+    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean (B, C, H, W), variance and its logarithm, (B, 1, 1, 1), of the state one step cleaner than t (Ho 2020,
+        eq. 6-7). The logarithm is kept above that of 1e-20."""
+        now, cleaner = self._level(t, len(x_t)), self.schedule.previous(t)
+        step = transition(now, cleaner)
+        mean = expand(step.from_x0, x_t) * x_start + expand(step.from_x, x_t) * x_t
+        variance = expand(step.variance, x_t)
+        return mean.to(x_t.dtype), variance, torch.log(variance.clamp(min=1e-20))
+
+    def model_predictions(
+        self,
+        x: Tensor,
+        t: Tensor,
+        x_self_cond: Tensor | None = None,
+        clip_x_start: bool = False,
+        rederive_pred_noise: bool = False,
+    ) -> ModelPrediction:
+        """What the network says of states x (B, C, H, W) at times t (B,), in the mode that it is in.
+
+        Args:
+            clip_x_start: keep the picture in [-1, 1]; the noise follows from it unless the network predicts noise.
+            rederive_pred_noise: then too.
+        """
+        return self._predictions(x, t, x_self_cond, clip_x_start, rederive_pred_noise)[0]
+
+    def _predictions(
+        self, x: Tensor, t: Tensor, previous: Tensor | None, clip: bool, rederive: bool
+    ) -> tuple[ModelPrediction, Tensor | None]:
+        """The prediction and, of a network that learns its variance, the fraction that says it."""
+        level = self._level(t, len(x))
+        found = self.denoiser(x, level, None, previous)
+        x0, noise = found.x0, found.eps
+        if clip:
+            x0 = x0.clamp(-1, 1)
+            if rederive or self.objective != "pred_noise":
+                noise = X0.solve(x0, x, level)[1]
+        return ModelPrediction(noise, x0), found.var_frac
+
+    def p_mean_variance(
+        self, x: Tensor, t: Tensor, x_self_cond: Tensor | None = None, clip_denoised: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mean, variance and its logarithm of the network's own step from t, and the clean picture that it expects."""
+        prediction, var_frac = self._predictions(x, t, x_self_cond, clip_denoised, False)
+        mean, variance, log_variance = self.q_posterior(prediction.pred_x_start, x, t)
+        if var_frac is not None:
+            beta = transition(self._level(t, len(x)), self.schedule.previous(t)).beta
+            first = transition(self.schedule.level(1), self.schedule.level(0)).variance
+            least = torch.where(variance > 0, variance, first.to(variance))  # as the bound has it at t = 0
+            log_variance = learned_log_variance(var_frac, expand(beta, x), least)
+            variance = log_variance.exp()
+        return mean, variance, log_variance, prediction.pred_x_start
+
+    def _level(self, t: Tensor, count: int) -> NoiseLevel:
+        """The levels of times (B,), or of one time for all. Raises `UserError` for those that there are not."""
+        if not isinstance(t, Tensor) or t.ndim > 1 or (t.ndim == 1 and len(t) != count):
+            given = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
+            raise UserError(f"times must be a tensor of one for each of the {count} pictures, got {given}")
+        last = self.num_timesteps - 1
+        outside = t[~((t >= 0) & (t <= last))]
+        if outside.numel():
+            raise UserError(f"times must lie in 0 … {last} (timesteps is {last + 1}), got {outside[0].item()}")
+        return self.schedule.level(t)
 
     # --- sampling ----------------------------------------------------------------------------------------------------
 
@@ -291,6 +406,7 @@ class GaussianDiffusion(nn.Module):
             seed: picture i has seed `seed + i`, whoever shares its batch. None draws the seeds.
             on_step: hook of the sampling loop.
         """
+        batch_size = _whole("batch_size", batch_size, 1)
         loop = self.ddim_sample if self.is_ddim_sampling else self.p_sample_loop
         return loop((batch_size, self.channels, *self._sides), return_all_timesteps, seed=seed, on_step=on_step)
 
@@ -460,17 +576,50 @@ class GaussianDiffusion(nn.Module):
         )
 
 
-def _read_model(model: nn.Module) -> tuple[int, bool, bool]:
-    """(channels, self_condition, learned_variance) of a network of the article's contract."""
-    for name in ("channels", "out_dim", "self_condition"):
-        if not hasattr(model, name):
-            raise UserError(f"model must have the attribute {name!r}, as Unet has; {type(model).__name__} has not")
-    channels, out_dim = int(model.channels), int(model.out_dim)  # type: ignore[arg-type]
+def _read_model(model: nn.Module, channels: int | None) -> _Contract:
+    """What a network says of itself, or of it the argument. Raises `UserError` for what cannot be used."""
+    name, config = type(model).__name__, getattr(model, "config", None)
+    told = getattr(model, "channels", getattr(config, "in_channels", None))
+    if channels is not None and told is not None and channels != told:
+        raise UserError(f"channels is {channels}, but {name} says that its pictures have {told}")
+    if (channels := told if channels is None else channels) is None:
+        raise UserError(f"{name} does not say how many channels its pictures have; give channels=3, or as many")
+    channels = _whole("channels", channels, 1)
+    out_dim = getattr(model, "out_dim", getattr(config, "out_channels", channels))
     if out_dim not in (channels, 2 * channels):
         raise UserError(
             f"the model's out_dim must be its channels ({channels}), or twice that to learn the variance; got {out_dim}"
         )
-    return channels, bool(model.self_condition), out_dim == 2 * channels
+    conditioned = getattr(model, "self_condition", None)
+    three = conditioned is not None and _takes(model, 3)
+    if (conditioned and not three) or not _takes(model, 2):
+        more = ", x_self_cond" if conditioned else ""
+        raise UserError(f"{name} cannot be called as model(x, t{more}); wrap it in a module whose forward takes these")
+    return _Contract(channels, bool(conditioned), out_dim == 2 * channels, three)
+
+
+def _takes(model: nn.Module, count: int) -> bool:
+    """Whether a network's `forward` can be called with so many arguments by position."""
+    try:
+        inspect.signature(model.forward).bind(*[None] * count)
+    except TypeError:
+        return False
+    except ValueError:  # nothing is known of it
+        return True
+    return True
+
+
+def _whole(name: str, value: Any, least: int | None = None) -> int:
+    """A whole number, of at least `least`. Raises `UserError`."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise UserError(f"{name} must be a whole number, got {value!r}")
+    if least is not None and number < least:
+        raise UserError(f"{name} must be at least {least}, got {number}")
+    return number
 
 
 def _read_size(image_size: int | Sequence[int], model: nn.Module) -> tuple[int, int]:
@@ -490,8 +639,6 @@ def _table(name: str, timesteps: int, settings: Mapping[str, float]) -> TableSch
     for key in settings:
         if key not in known:
             raise_unknown(f"schedule_fn_kwargs of beta_schedule {name!r}:", key, known or ("none",))
-    if timesteps < 2:
-        raise UserError(f"timesteps must be at least 2, got {timesteps}")
     if name == "linear" and timesteps < 20:
         raise UserError(
             f"beta_schedule='linear' needs at least 20 timesteps (its last beta is 20 / T), got {timesteps}"

@@ -287,6 +287,7 @@ def test_what_training_programs_leave_is_inert(tmp_path: Path, monkeypatch: pyte
         ({"a": 1}, "no tensors under names"),
         ({}, "no tensors under names"),
         ({3: torch.zeros(1)}, "no tensors under names"),
+        ({"string_to_token": {"*": 265}, "string_to_param": {"*": torch.zeros(1, 768)}}, "holds a textual inversion"),
     ],
 )
 def test_odd_content_is_refused(content: Any, says: str, tmp_path: Path) -> None:

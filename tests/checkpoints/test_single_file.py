@@ -17,7 +17,7 @@ from torch import Tensor
 from sfumato.checkpoints.formats import single_file
 from sfumato.checkpoints.formats.families import FAMILIES, PARTS_KEY, Family
 from sfumato.checkpoints.formats.single_file import AVERAGED, IGNORED, LAST_STEP, SingleFile, meta_tensors, write
-from sfumato.checkpoints.tensors import write_tensors
+from sfumato.checkpoints.tensors import TensorFile, write_tensors
 from sfumato.errors import ModelFileError, UserError
 
 from .compvis_names import on_meta, random_parts, tiny_family, whole_file
@@ -288,11 +288,35 @@ def test_a_truncated_file(one: tuple[Path, Family, Parts], keep: int) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_file_may_lack_its_first_stage(tmp_path: Path) -> None:
+    family = tiny_family()
+    parts = {part: tensors for part, tensors in random_parts(family).items() if part != "vae"}
+    write(tmp_path / "m", family, parts, missing=("vae",))
+    file = SingleFile.open(tmp_path / "m")
+    assert file.parts == ("unet", "text") and file.family == family
+    read = file.read("unet")
+    assert all(torch.equal(read[name], tensor) for name, tensor in parts["unet"].items())
+
+
+def test_what_training_left_behind_is_left_aside(tmp_path: Path) -> None:
+    family = tiny_family()
+    write(tmp_path / "m", family, random_parts(family))
+    name, tensors = "embedding_manager.initial_embeddings.*", load_file(tmp_path / "m")
+    metadata = TensorFile.open(tmp_path / "m").metadata
+    save_file(tensors | {name: torch.zeros(1, 8)}, tmp_path / "n", metadata=metadata)
+    assert SingleFile.open(tmp_path / "n").dropped == (name,)
+    save_file(tensors | {"embedding_boss.x": torch.zeros(1, 8)}, tmp_path / "n", metadata=metadata)
+    with pytest.raises(ModelFileError, match="embedding_boss.x"):
+        SingleFile.open(tmp_path / "n")
+
+
 def test_writing_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     family = tiny_family()
     parts = random_parts(family)
     with pytest.raises(UserError, match="text is missing"):
         write(tmp_path / "m", family, {part: parts[part] for part in ("unet", "vae")})
+    with pytest.raises(UserError, match="vae is missing"):
+        write(tmp_path / "m", family, {part: parts[part] for part in ("unet", "text")}, missing=("text",))
     with pytest.raises(UserError, match="the vae of Stable Diffusion 1 does not fit: more is not known"):
         write(tmp_path / "m", family, {**parts, "vae": {**parts["vae"], "more": torch.ones(1)}})
     with pytest.raises(UserError, match="has no place in the layout"):

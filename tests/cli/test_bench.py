@@ -38,6 +38,8 @@ def test_memory_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--dtype", "float8"], "unknown dtype 'float8'"),
         (["--random", "sd3"], "unknown family 'sd3'"),
         (["--random", "sd1", "--model", "cat-dog.safetensors"], "give one of them"),
+        (["--model", "cat-dog.safetensors", "--width", "64"], "draws 8 x 8 pixels; width 64 cannot be had"),
+        (["--model", "cat-dog.safetensors", "--width", "8", "--height", "16"], "height 16 cannot be had"),
     ],
 )
 def test_one_clear_sentence(place: Path, run: Callable, options: list[str], sentence: str) -> None:

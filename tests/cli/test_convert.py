@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sfumato.checkpoints.tensors import TensorFile
@@ -76,6 +77,37 @@ def test_another_type_prediction_and_first_stage(sources: Path, work: Path) -> N
     tiny.succeed("convert", sources / "file.safetensors", "v", "--to", "diffusers", "--prediction", "v")
     model = open_system("v").system
     assert isinstance(model, Latent) and model.config.prediction.parameterization == "v"
+
+
+def test_a_model_without_its_first_stage(sources: Path, work: Path) -> None:
+    file, vae = TensorFile.open(sources / "file.safetensors"), sources / "folder/vae"
+    kept = {name: file.read(name) for name in file.seen if not name.startswith("first_stage_model.")}
+    save_file(kept, "bare.safetensors", metadata=file.metadata)
+    hint = "bare.safetensors holds no first stage (VAE), which"
+    for arguments in (
+        ("generate", "a fox", "--out", "a.png", "--model", "bare.safetensors"),
+        ("convert", "bare.safetensors", "new", "--to", "diffusers"),
+    ):
+        refused = tiny.run(*arguments)
+        assert refused.code == 2 and hint in refused.err and "--vae PATH" in refused.err
+    told = tiny.succeed("info", "bare.safetensors").out
+    assert 'missing: ["first stage (VAE): give one with --vae PATH"]' in told and f'"used": {len(kept)}' in told
+    half = ("half.safetensors", "--to", "single-file", "--dtype", "float16")
+    said = tiny.succeed("convert", "bare.safetensors", *half).out
+    assert "note: the file holds no first stage (VAE), as bare.safetensors does not; give one with --vae PATH" in said
+    found = load_file("half.safetensors")
+    assert found.keys() == kept.keys() and all(torch.equal(found[name], tensor.half()) for name, tensor in kept.items())
+    tiny.succeed("convert", "bare.safetensors", "filled.safetensors", "--to", "single-file", "--vae", vae)
+    assert Path("filled.safetensors").read_bytes() == (sources / "file.safetensors").read_bytes()
+    tiny.succeed("convert", "bare.safetensors", "own.safetensors", "--to", "sfumato", "--vae", vae)
+    models = {"whole": [sources / "file.safetensors"], "given": ["bare.safetensors", "--vae", vae]}
+    pixels = set()
+    for name, model in (models | {"own": ["own.safetensors"]}).items():
+        tiny.succeed("generate", "a fox", "--seed", "1", "--steps", "1", "--out", f"{name}.png", "--model", *model)
+        with Image.open(f"{name}.png") as picture:
+            pixels.add(picture.tobytes())
+    assert len(pixels) == 1
+    assert "the same bytes" in tiny.succeed("replay", "given.png", "--out", "again.png").out
 
 
 def test_a_pickle_with_permission_only(sources: Path, work: Path) -> None:

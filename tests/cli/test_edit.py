@@ -320,3 +320,91 @@ def test_a_sheet_of_several_prompts_names_them_all(here: Path, files: Path, succ
             "--out", "a.png")  # fmt: skip
     told = read_settings(here / "a.png")
     assert told["prompts"] == ["a hat", "a cat"] and "prompt" not in told and told["sheet"] == [1, 2]
+
+
+@pytest.mark.parametrize("kind", ["png", "webp"])
+def test_transparency_outside_the_mask_stays(here: Path, files: Path, succeed: Callable, kind: str) -> None:
+    clear = np.random.default_rng(3).integers(0, 256, (50, 70, 4), dtype=np.uint8)
+    clear[:25, :, 3] = 0
+    Image.fromarray(clear).save(here / "clear.png")
+    options = ("--model", files / "sd1.safetensors", "--seed", 1, *STEPS)
+    done = succeed("edit", "clear.png", "a hat", "--box", "20,10,30,20", *options, "--out", f"a.{kind}")
+    assert "transparency" not in done.err
+    kept = np.ones((50, 70), dtype=bool)
+    kept[10:30, 20:50] = False
+    made = array(here / f"a.{kind}")
+    assert np.array_equal(made[kept], clear[kept]) and (made[~kept][:, 3] == 255).all()
+    if kind == "png":
+        replayed(succeed, here / "a.png")
+        succeed("edit", "clear.png", "a hat", "--outpaint", "6,0,0,4", *options, "--out", "wide.png")
+        assert np.array_equal(array(here / "wide.png")[:50, 6:], clear)
+        done = succeed("edit", "clear.png", "a hat", *options, "--out", "whole.png")
+        assert "note: all of the picture is redrawn, so its transparency is lost" in done.err
+        assert array(here / "whole.png").shape == (50, 70, 3)
+
+
+def test_jpeg_outside_the_mask_is_told(here: Path, files: Path, succeed: Callable) -> None:
+    options = ("a hat", "--model", files / "sd1.safetensors", "--seed", 1, *STEPS)
+    masked = ("edit", files / "photo.png", "--mask", files / "mask.png", *options)
+    told = succeed(*masked, "--out", "a.jpg").err
+    assert "note: JPEG is not exact, so pixels outside of what is redrawn change as well; .png" in told
+    assert "JPEG" not in succeed(*masked, "--out", "a.webp").err
+    assert "JPEG" not in succeed("edit", files / "photo.png", *options, "--out", "b.jpg").err
+
+
+def test_the_text_for_other_programs_says_what_was_done(here: Path, files: Path, succeed: Callable) -> None:
+    def text(*options: object, command: tuple[object, ...] = ("generate",)) -> str:
+        succeed(*command, "a hat", "--model", files / "sd1.safetensors", "--seed", 3, "--steps", 3, "--guidance", 2,
+                *options, "--out", "a.png", "--overwrite")  # fmt: skip
+        with Image.open(here / "a.png") as image:
+            return str(image.info["parameters"])
+
+    made = text("--variation", 8, "--variation-strength", 0.2, "--clip-skip", 1, "--sampler", "dpmpp_2m",
+                "--schedule", "karras")  # fmt: skip
+    assert "Sampler: DPM++ 2M, Schedule type: Karras" in made and "Clip skip: 2" in made
+    assert "Variation seed: 8, Variation seed strength: 0.2" in made and "Denoising" not in made
+    made = text("--hires", 1.5, "--hires-strength", 0.4, "--width", 64, "--height", 64)
+    assert "Size: 64x64" in made and "Denoising strength: 0.4" in made and "Hires upscale: 1.5" in made
+    assert "Denoising strength: 0.4" in text("--strength", 0.4, command=("edit", files / "photo.png"))
+
+
+# --- several prompts ----------------------------------------------------------------------------------------------
+
+
+def test_prompts_from_a_file(here: Path, files: Path, run: Callable, succeed: Callable) -> None:
+    (here / "prompts.txt").write_text("# three\na fox\n\n  a wolf \n# no\n", encoding="utf-8-sig")
+    options = ("--model", files / "sd1.safetensors", "--seed", 7, *STEPS)
+    succeed("generate", "--prompts", "prompts.txt", *options, "--out", "out")
+    assert [read_settings(here / f"out/{seed}.png")["prompt"] for seed in (7, 8)] == ["a fox", "a wolf"]
+    told = succeed("edit", files / "photo.png", "--prompts", "prompts.txt", *options, "--out", "changed", "--json").json
+    assert [one["prompt"] for one in told["pictures"]] == ["a fox", "a wolf"]
+    done = succeed("generate", "prompts.txt", *options, "--out", "name.png")
+    assert "note: the prompt 'prompts.txt' is the name of a file; --prompts prompts.txt reads prompts" in done.err
+    (here / "empty.txt").write_text("\n# nothing\n")
+    (here / "bytes.txt").write_bytes(b"\xff\xfe\xff")
+    for given, sentence in (
+        (("a cat", "--prompts", "prompts.txt"), "prompts stand on the command line or in the file of --prompts"),
+        (("--prompts", "nowhere.txt"), "nowhere.txt cannot be read: No such file or directory"),
+        (("--prompts", "empty.txt"), "empty.txt holds no prompt"),
+        (("--prompts", "bytes.txt"), "bytes.txt is not a text file in UTF-8"),
+        (("--prompts", "prompts.txt", "--out", "a.png"), "a.png takes one picture, but 2 were asked for"),
+    ):
+        refused = run("generate", *given, *options)
+        assert refused.code == 2 and sentence in refused.err and len(refused.err.splitlines()) == 1
+
+
+def test_prompts_at_the_same_seeds(here: Path, files: Path, succeed: Callable) -> None:
+    options = ("--model", files / "sd1.safetensors", "--seed", 7, "--count", 2, *STEPS)
+    done = succeed("generate", "a fox", "a wolf", *options, "--same-seed", "--out", "out", "--json").json
+    assert done["files"] == [f"out/{name}.png" for name in ("7-0", "8-0", "7-1", "8-1")]
+    assert [(one["prompt"], one["seed"]) for one in done["pictures"]] == [
+        ("a fox", 7), ("a fox", 8), ("a wolf", 7), ("a wolf", 8),
+    ]  # fmt: skip
+    succeed("generate", "a wolf", *options, "--out", "wolf")
+    for seed in (7, 8):
+        assert (here / f"out/{seed}-1.png").read_bytes() == (here / f"wolf/{seed}.png").read_bytes()
+    replayed(succeed, here / "out/8-1.png")
+    done = succeed("generate", "a fox", *options, "--same-seed", "--out", "one", "--json").json
+    assert done["files"] == ["one/7.png", "one/8.png"]
+    succeed("edit", files / "photo.png", "a fox", "a wolf", *options[:4], *STEPS, "--same-seed", "--out", "changed")
+    assert sorted(path.name for path in (here / "changed").iterdir()) == ["7-0.png", "7-1.png"]

@@ -98,6 +98,27 @@ def test_dry_run_writes_nothing(place: Path, succeed: Callable) -> None:
     assert "for 6 steps" in done.out and "GiB of memory" in done.out
 
 
+@pytest.mark.parametrize("override", ["train.sample_steps=25", "model.sampling.steps=25"])
+def test_what_cannot_be_sampled_is_refused_alike_and_leaves_nothing(place: Path, run: Callable, override: str) -> None:
+    before = sorted(place.rglob("*"))
+    settings = ("tiny.yaml", "model.schedule.steps=10", override)
+    found = [run("train", *settings, "--out", "new"), run("train", *settings, "--out", "new", "--dry-run")]
+    found += [run("check", *settings), run("recipes", "validate", *settings)]
+    assert {(result.code, result.err) for result in found} == {
+        (2, f"sfumato: tiny.yaml: {override} does not go with model.schedule: steps must be at most the schedule's 10, "
+            "got 25\n")
+    }  # fmt: skip
+    assert sorted(place.rglob("*")) == before
+
+
+def test_another_run_is_not_overwritten(place: Path, run: Callable, succeed: Callable) -> None:
+    succeed("train", "tiny.yaml", "--out", "second", "train.steps=1")
+    before = (place / "second/metrics.jsonl").read_bytes()
+    refused = run("train", "tiny.yaml", "--out", "second", "--resume", "run")
+    assert refused.code == 2 and "second already holds a run, which --resume run would overwrite" in refused.err
+    assert (place / "second/metrics.jsonl").read_bytes() == before
+
+
 def test_skip_bad_lists_what_was_left_out(place: Path, succeed: Callable) -> None:
     shutil.copytree("pictures", "some")
     whole = (place / "some/cat/00.png").read_bytes()
@@ -135,7 +156,7 @@ def test_recipes_ls_show_and_validate(place: Path, succeed: Callable) -> None:
     listed = [line.split()[0] for line in succeed("recipes", "ls").out.splitlines()]
     assert "ddpm-emoji32" in listed
     for name in listed:
-        assert yaml.safe_load(succeed("recipes", "show", name).out)["recipe"]
+        assert yaml.safe_load(succeed("recipes", "show", name).out)["method"]
         assert f"{name} is a valid recipe" in succeed("recipes", "validate", name).out
     assert succeed("recipes", "show", "tiny.yaml").out == (place / "tiny.yaml").read_text()
     succeed("recipes", "validate", "tiny.yaml", "train.batch=2")

@@ -233,6 +233,11 @@ def test_any_text_is_read_or_refused(dialect: str, text: str) -> None:
         ("a [(x:1.2):[y]:3]", "changes words while drawing"),
         ("a [cat|dog]", r"swaps words at every step \('\[cat\|dog\]'\)"),
         ("a [[cat|dog] b]", "swaps words at every step"),
+        ("a {red|blue} hat", r"leaves words to chance \('\{red\|blue\}'\).*with --dialect plain"),
+        ("a {2$$red|{blue|green}} hat", "leaves words to chance"),
+        ("a __animal__", "leaves words to chance \\('__animal__'\\)"),
+        ("(__a/b-c*__:1.2)", "leaves words to chance"),
+        ("a <cat-toy>", "asks for '<cat-toy>', and textual inversion is not supported: take it out, or read the signs"),
     ],
 )
 def test_refused(dialect: str, text: str, sentence: str) -> None:
@@ -242,7 +247,14 @@ def test_refused(dialect: str, text: str, sentence: str) -> None:
     assert parse(text, "plain") == [(text, 1)]
 
 
-@pytest.mark.parametrize("text", [r"a \[cat|dog\]", "a [b] | c", "a < b: c", "SAND and", "[a (x|y) b]", r"\[a:1\]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"a \[cat|dog\]", "a [b] | c", "a < b: c", "SAND and", "[a (x|y) b]", r"\[a:1\]",
+        "a {b", "a } {b} | c", "{a} | {b}", "snake_case a__b __", "a _b_ __ c __", "a<b > c", "<3 <3>",
+        "an embedding: new",
+    ],
+)  # fmt: skip
 def test_words_that_only_look_like_it(text: str) -> None:
     assert parse(text)
 
@@ -252,6 +264,7 @@ def test_words_that_only_look_like_it(text: str) -> None:
     [
         ("comfy", "a embedding:style b", "asks for 'embedding:style', and textual inversion is not supported"),
         ("comfy", "(embedding:style:1.2)", "textual inversion"),
+        ("a1111", "a fox,embedding:easynegative, red", "asks for 'embedding:easynegative', and textual inversion"),
         ("compel", '("a", "b").blend(1, 0.8)', r"compel's \.blend\(\), which is not supported"),
         ("compel", '("a", "b").and()', r"compel's \.and\(\)"),
         ("compel", "cat.swap(dog)", r"compel's \.swap\(\)"),

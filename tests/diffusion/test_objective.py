@@ -409,6 +409,7 @@ def test_every_option_s_randomness_is_the_generator_s(options: dict[str, Any]) -
         ({"importance_history": 0}, "importance_history must be at least 1"),
         ({"importance_uniform": 2.0}, r"importance_uniform must lie in \[0, 1\]"),
         ({"p2_k": -1.0}, "p2_k must not be negative"),
+        ({"p2_gamma": -1.0}, "p2_gamma must not be negative"),
     ],
 )
 def test_bad_new_options_are_refused(options: dict[str, Any], words: str) -> None:

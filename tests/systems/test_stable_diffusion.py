@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from sfumato.api import Model
 from sfumato.checkpoints.formats.families import FAMILIES
 from sfumato.checkpoints.tensors import TensorFile, write_tensors
-from sfumato.errors import UserError
+from sfumato.errors import ModelFileError, UserError
 from sfumato.systems import open_system
 from sfumato.systems.codec import CodecSystem
 from sfumato.systems.latent import Latent
@@ -58,6 +59,42 @@ def test_weights_are_read_into_the_type_that_is_wanted(tmp_path: Path) -> None:
     opened = open_system(tmp_path / "m.safetensors", dtype=torch.bfloat16)
     assert {t.dtype for t in opened.system.tensors().values()} == {torch.bfloat16}
     assert opened.notes and opened.file is not None
+
+
+def without(path: Path, target: Path, *prefixes: str) -> Path:
+    """A copy of a single file without some parts."""
+    file = TensorFile.open(path)
+    kept = {name: file.read(name) for name in file.seen if not name.startswith(prefixes)}
+    write_tensors(target, kept, file.metadata)
+    return target
+
+
+def test_a_file_without_its_first_stage(tmp_path: Path) -> None:
+    whole = stable.write(tmp_path / "m.safetensors")
+    bare = without(whole, tmp_path / "bare.safetensors", "first_stage_model.")
+    with pytest.raises(ModelFileError, match=r"bare.safetensors holds no first stage \(VAE\), .* --vae PATH \(vae=\)"):
+        open_system(bare)
+    opened, full = open_system(bare, vae=whole), open_system(whole)
+    ours, theirs = opened.system.tensors(), full.system.tensors()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    assert opened.missing == () and opened.opening["vae"]["sha256"] == full.sha256 != opened.sha256
+    with pytest.raises(ModelFileError, match="holds a model without its first stage"):
+        open_system(whole, vae=bare)
+    partial = open_system(bare, incomplete=True)
+    assert partial.missing == ("vae",) and isinstance(partial.system, Latent)
+    with pytest.raises(ModelFileError, match="it holds no first stage"):
+        Model(partial, "it")
+    assert {t.is_meta for n, t in partial.system.tensors().items() if n.startswith("codec.")} == {True}
+
+
+def test_a_file_of_a_network_alone(tmp_path: Path) -> None:
+    whole = stable.write(tmp_path / "m.safetensors")
+    alone = without(whole, tmp_path / "unet.safetensors", "first_stage_model.", "cond_stage_model.")
+    with pytest.raises(ModelFileError, match=r"holds no first stage \(VAE\) and no text encoder, which drawing needs$"):
+        open_system(alone)
+    with pytest.raises(ModelFileError, match=r"holds no text encoder, which drawing needs$"):
+        open_system(alone, vae=whole)
+    assert open_system(alone, incomplete=True).missing == ("vae", "text")
 
 
 class Echo(nn.Module):

@@ -632,7 +632,62 @@ def test_parts_that_cannot_be_used_are_refused(sd1: Path, file: str, values: dic
         open_system(sd1)
 
 
-@pytest.mark.parametrize("name", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("own", [True, False])
+def test_a_folder_without_its_first_stage(tmp_path: Path, folders: Callable[[str], Path], own: bool) -> None:
+    model, folder, vae = model_of("sd1"), tmp_path / "folder", folders("sd1") / "vae"
+    save_folder(model, folder)
+    shutil.rmtree(folder / "vae")
+    if not own:
+        (folder / OWN).unlink()
+    for refused in (lambda: open_system(folder), lambda: convert(folder, tmp_path / "x", to="diffusers", dtype=None)):
+        with pytest.raises(UserError, match=r"folder holds no first stage \(VAE\), which .*; give one with --vae PATH"):
+            refused()
+    with pytest.raises(ModelFileError, match="a model without its first stage"):
+        open_system(folders("sd1"), vae=folder)
+    partial = open_system(folder, incomplete=True)
+    assert partial.missing == ("vae",)
+    lacking = {name.partition(".")[0] for name, tensor in partial.system.tensors().items() if tensor.is_meta}
+    assert lacking == {"codec"}
+    opened = open_system(folder, vae=vae)
+    assert same(opened.system, model) and opened.missing == () and opened.sha256 == partial.sha256
+    convert(folder, tmp_path / "filled", to="diffusers", vae=vae)
+    assert same(open_system(tmp_path / "filled").system, model)
+    convert(folder, tmp_path / "bare.safetensors", to="single-file")
+    assert same(open_system(tmp_path / "bare.safetensors", vae=vae).system, model)
+
+
+@pytest.mark.parametrize("other", ["sd-x4-upscaler", "rescaled"])
+def test_a_first_stage_in_a_missing_one_s_place_must_fit(
+    tmp_path: Path, folders: Callable[[str], Path], other: str
+) -> None:
+    save_folder(model_of("sd1"), tmp_path / "folder")
+    shutil.rmtree(tmp_path / "folder/vae")
+    vae = Path(shutil.copytree(folders("sd1" if other == "rescaled" else other) / "vae", tmp_path / "vae"))
+    change(vae / "config.json", scaling_factor=0.5)
+    with pytest.raises(UserError, match="scales its latents by 0.5" if other == "rescaled" else "of the size|scales"):
+        open_system(tmp_path / "folder", vae=vae)
+
+
+def test_what_changes_a_model_is_no_folder_of_one(tmp_path: Path, sd1: Path) -> None:
+    for file, title in (
+        ("pytorch_lora_weights.safetensors", "a LoRA"),
+        ("learned_embeds.bin", "a textual inversion"),
+        ("adapter_config.json", "a PEFT adapter"),
+    ):
+        place = tmp_path / file.partition(".")[0]
+        place.mkdir()
+        (place / file).write_bytes(b"{}")
+        with pytest.raises(ModelFileError, match=f"holds {title}.*, which changes a model and is not a model to draw"):
+            open_system(place)
+    tensors = load_file(sd1 / UNET)
+    name = next(name for name in tensors if name.endswith("to_q.weight"))
+    tensors[name.replace("to_q.", "to_q.base_layer.")] = tensors.pop(name)
+    save_file(tensors, sd1 / UNET)
+    with pytest.raises(ModelFileError, match=r"unet was saved with PEFT's layers .*to_q.base_layer.weight.*fuse them"):
+        open_system(sd1)
+
+
+@pytest.mark.parametrize("name", ["unet", "text_encoder"])
 def test_a_missing_part_is_named(sd1: Path, name: str) -> None:
     shutil.rmtree(sd1 / name)
     with pytest.raises(ModelFileError, match=f"lacks the folder {name}, which drawing needs"):

@@ -275,3 +275,14 @@ def test_the_command_refuses(
     monkeypatch.chdir(tmp_path)
     done = tiny.run("generate", *arguments, "--model", file)
     assert done.code == 2 and said in done.err and "Traceback" not in done.err and not list(tmp_path.iterdir())
+
+
+def test_prompts_may_begin_with_the_same_seed(model: api.Model) -> None:
+    planned: list[int] = []
+    words = {"seed": 4, "steps": 2, "label": ["cat", "dog"], "on_plan": planned.append}
+    both = model.generate(["a red heart", "blue fish"], count=3, same_seed=True, **words)
+    assert [told(one)["seed"] for one in both] == [4, 5, 6, 4, 5, 6] and planned == [4]
+    assert [told(one)["label"] for one in both] == ["cat", "dog", "cat"] * 2
+    alone = model.generate("blue fish", count=3, **words)
+    assert [array(one).tolist() for one in both[3:]] == [array(one).tolist() for one in alone]
+    assert told(both[4]) == told(alone[1])

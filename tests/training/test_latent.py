@@ -592,6 +592,7 @@ def test_data_that_do_not_fit(tmp_path: Path, data: Path) -> None:
 def test_data_and_size_come_from_the_codecs_run(tmp_path: Path, data: Path, codec: Path) -> None:
     values = latent_settings(data, codec)
     del values["data"], values["codec"]
+    values["method"] = values.pop("recipe")
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump(values))
     found = recipes.load(str(file), codec=str(codec))
@@ -617,5 +618,28 @@ def test_a_rehearsal_leaves_nothing(tmp_path: Path, data: Path, codec: Path, mon
 
 def test_a_dumped_recipe_is_the_same_recipe(data: Path, codec: Path) -> None:
     recipe = recipe_for(data, codec, conditions=BOTH)
-    assert latent_recipe(yaml.safe_load(run.dump(recipe))) == recipe
+    dumped = yaml.safe_load(run.dump(recipe))
+    assert latent_recipe({"recipe": dumped.pop("method"), **dumped}) == recipe
     assert isinstance(open_as(CodecSystem, codec / "model.safetensors"), CodecSystem)
+
+
+@pytest.mark.parametrize("classes", [True, False])
+def test_the_recipe_of_classes_trains_and_draws(tmp_path: Path, codec: Path, data: Path, classes: bool) -> None:
+    """Sub-folders are the classes; without a condition it draws whatever there is."""
+    for i, record in enumerate(sorted(data.glob("*.png"))):
+        place = tmp_path / "pictures" / ("warm", "cold")[i % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copy(record, place)
+    small = [
+        "train.steps=5", "train.batch=4", "train.optimizer.warmup=1", "train.optimizer.lr=0.03", "train.sample_steps=2",
+        "model.network.block_out_channels=[16,16,16]", "model.network.attention_head_dim=8", "train.ema.decay=0.1",
+        "model.network.norm_num_groups=4",
+        *([] if classes else ["conditions={}", "data.label=null"]),
+    ]  # fmt: skip
+    recipe = recipes.load("latent-class", small, str(tmp_path / "pictures"), str(codec))
+    assert run.train(recipe, tmp_path / "run", device=CPU, say=lambda _: None) == "finished"
+    model = api.load(tmp_path / "run")
+    assert model.labels == (("cold", "warm") if classes else ())
+    named = [{"label": "warm", "guidance": 8}, {"label": "cold", "guidance": 8}] if classes else [{}, {}]
+    one, other = (model.generate(seed=1, steps=2, **how)[0].tobytes() for how in named)  # type: ignore[arg-type]
+    assert (one != other) == classes

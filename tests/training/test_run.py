@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from sfumato.checkpoints.io import file_sha256
 from sfumato.errors import ModelFileError, UserError
 from sfumato.systems.config import parse
 from sfumato.training import recipes, run, state
@@ -72,9 +74,10 @@ def test_every_resumable_setting_exists(data: Path) -> None:
     assert all(any(f"{key}.".startswith(f"{name}.") for key in flat) for name in RESUMABLE_CHANGES)
 
 
-def test_a_dumped_recipe_is_the_same_recipe(data: Path) -> None:
+def test_a_dumped_recipe_is_the_same_recipe(tmp_path: Path, data: Path) -> None:
     original = recipe_from(settings(data, optimizer={"lr": 1e-5, "eps": 1e-12, "betas": [0.9, 0.95]}))
-    again = recipes.read_yaml(run.dump(original), "dump")
+    (tmp_path / "dump.yaml").write_text(run.dump(original))
+    again = recipes.read_values(str(tmp_path / "dump.yaml"))[1]
     assert run.differing(again, original.model_dump(mode="json")) == []
     assert recipe_from(again) == original
 
@@ -175,6 +178,89 @@ def test_from_a_checkpoint_or_run_into_a_new_folder(tmp_path: Path, data: Path) 
     _, said = train(recipe(data, steps=3), tmp_path / "third", resume=str(tmp_path / "first"))
     assert any("step-00000002 at step 2" in line for line in said)
     assert contents(tmp_path / "first") == before
+
+
+def test_a_run_is_not_overwritten_from_elsewhere(tmp_path: Path, data: Path) -> None:
+    train(recipe(data), tmp_path / "first")
+    train(recipe(data), tmp_path / "second")
+    before = contents(tmp_path)
+    for start in (tmp_path / "first", tmp_path / "first" / "checkpoints" / "step-00000001", tmp_path):
+        for dry_run in (True, False):
+            with pytest.raises(UserError, match="second already holds a run, which --resume .* would overwrite"):
+                train(recipe(data, steps=3), tmp_path / "second", resume=str(start), dry_run=dry_run)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("box", [True, False])
+def test_a_finished_model_is_no_run_to_resume(
+    tmp_path: Path, data: Path, box: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(recipe(data), tmp_path / "run")
+    start = "emoji" if box else str(tmp_path / "run" / "model.safetensors")
+    monkeypatch.setattr("sfumato.models.names", lambda: ["emoji"])
+    with pytest.raises(UserError, match=f"{start} is a finished model, which training cannot be resumed from .*; give"):
+        train(recipe(data), tmp_path / "other", resume=start)
+    assert not (tmp_path / "other" / "checkpoints").exists()
+
+
+def test_a_run_goes_on_from_an_older_checkpoint_of_its_own(tmp_path: Path, data: Path) -> None:
+    train(recipe(data), tmp_path / "run")
+    whole = weights(tmp_path / "run")
+    older = tmp_path / "run" / "checkpoints" / "step-00000001"
+    _, said = train(recipe(data), tmp_path / "run", resume=str(older))
+    assert f"going on from {older} at step 1" in said
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2]
+    again = weights(tmp_path / "run")
+    assert all(torch.equal(whole[n], again[n]) for n in whole)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_another_learning_rate_than_that_of_a_run_from_the_start_is_told(
+    tmp_path: Path, data: Path, schedule: str
+) -> None:
+    optimizer = {"schedule": schedule, "warmup": 0}
+    train(recipe(data, optimizer=optimizer), tmp_path / "run")
+    _, same = train(recipe(data, optimizer=optimizer), tmp_path / "run")
+    _, more = train(recipe(data, steps=4, optimizer=optimizer), tmp_path / "run")
+    _, again = train(recipe(data, steps=4, optimizer=optimizer), tmp_path / "run")
+    told = [line for line in more if line.startswith("note: ")]
+    assert not [line for line in same + again if line.startswith("note: ")]
+    if schedule == "constant":
+        assert told == []
+        return
+    (note,) = told
+    assert note.startswith(f"note: the {schedule} of the learning rate ends at step 4 now, not 2: it goes on at ")
+    assert "not 0.00e+00" in note
+
+
+def test_more_steps_before_the_learning_rate_falls_are_as_from_the_start(tmp_path: Path, data: Path) -> None:
+    warming = {"schedule": "cosine", "warmup": 2}
+    train(recipe(data, optimizer=warming), tmp_path / "run")
+    _, said = train(recipe(data, steps=4, optimizer=warming), tmp_path / "run")
+    assert not [line for line in said if line.startswith("note: ")]
+    train(recipe(data, steps=4, optimizer=warming), tmp_path / "straight")
+    left, right = weights(tmp_path / "straight"), weights(tmp_path / "run")
+    assert all(torch.equal(left[n], right[n]) for n in left)
+
+
+def test_another_number_of_processes_is_told(tmp_path: Path, data: Path) -> None:
+    train(recipe(data), tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints" / "step-00000002"
+    kept = json.loads((folder / "state.json").read_text())
+    assert (kept["processes"], kept["steps"]) == (1, 2)
+    (folder / "state.json").write_text(json.dumps(kept | {"processes": 2}))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["state.json"] = {
+        "bytes": (folder / "state.json").stat().st_size,
+        "sha256": file_sha256(folder / "state.json"),
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    constant = recipe(data)
+    _, said = train(constant, tmp_path / "run")
+    assert [line for line in said if line.startswith("note: ")] == [
+        "note: 2 processes trained it until here and 1 from here on: the noise is not what it would have been, so this "
+        "run is not bit for bit one that never stopped"
+    ]
 
 
 def test_a_checkpoint_that_is_none(tmp_path: Path, data: Path) -> None:
@@ -391,7 +477,7 @@ BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("a
         ("", "a recipe is a mapping of keys to values"),
         ("just text", "a recipe is a mapping of keys to values"),
         ("--- {a: 1}\n--- {b: 2}\n", "malformed YAML"),
-        ("data: {size: 8}\n", "recipe must be one of autoencoder, clip, ddpm, latent, got None"),
+        ("data: {size: 8}\n", "recipe must be one of autoencoder, autoencoder-decoder, .*, sr3, got None"),
         ("recipe: ddmp\n", r"got 'ddmp' \(did you mean 'ddpm'\?\)"),
         ("recipe: [ddpm]\n", r"got \['ddpm'\]"),
         (GOOD + "  stpes: 4\n", r"unknown key 'train.stpes' \(did you mean 'steps'\?\)"),
@@ -413,7 +499,7 @@ BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("a
         (GOOD + "model: {sampling: {sampler: ddmi}}\n", r"'ddmi' \(did you mean 'ddim'\?\)"),
         ("recipe: ddpm\ndata: 3\n", "data"),
         ("recipe: ddpm\ndata: {size: 0}\n", "data.size: .*got 0"),
-        ("recipe: ddpm\ndata: {}\n", "data.size: field required"),
+        ("method: ddpm\ndata: {}\n", "data.size: field required"),
     ],
 )
 def test_a_recipe_that_is_wrong_is_refused_in_one_sentence(tmp_path: Path, text: str, said: str) -> None:
@@ -453,6 +539,130 @@ def test_overrides_that_are_wrong(tmp_path: Path, override: str, said: str) -> N
         load(tmp_path, GOOD, override)
 
 
+def test_whole_numbers_may_be_written_as_powers_of_ten(tmp_path: Path) -> None:
+    found = load(tmp_path, GOOD + "  batch: 1e1\n", "train.steps=1e4", "data.size=0.16e+2", "train.seed=0")
+    assert (found.train.steps, found.train.batch, found.data.size) == (10_000, 10, 16)
+    with pytest.raises(UserError, match="train.steps: .*"):
+        load(tmp_path, GOOD, "train.steps=15e-1")
+
+
+def test_a_file_inherits_from_the_recipe_that_it_names(tmp_path: Path) -> None:
+    short = "recipe: ddpm\ndata: {size: 16}\n"
+    assert load(tmp_path, short) == recipes.load("ddpm", ["data.size=16"], ".").model_copy(update={"description": ""})
+    other = load(tmp_path, "recipe: ddpm-emoji32\nmodel: {network: {dropout: 0.1}}\ntrain: {optimizer: {lr: 1}}\n")
+    by_name = recipes.load("ddpm-emoji32", ["model.network.dropout=0.1", "train.optimizer.lr=1"], ".")
+    assert other == by_name.model_copy(update={"description": ""}) and other.recipe == "ddpm"
+    alone = load(tmp_path, "method: ddpm\ndata: {size: 16}\n")
+    assert alone.model.network == {} and alone.train == type(alone.train)()
+
+
+def test_a_copy_of_a_recipe_and_a_run_s_config_inherit_nothing(tmp_path: Path, data: Path) -> None:
+    for name in recipes.names():
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(recipes.source(name)[1])
+        assert recipes.read_values(str(file))[1] == recipes.read_values(name)[1]
+    train(recipe(data), tmp_path / "run")
+    kept = tmp_path / "run" / "config.yaml"
+    again = recipes.load(str(kept))
+    assert again == recipe(data) and train(again, tmp_path / "run")[0] == "finished"
+    older = yaml.safe_load(kept.read_text())
+    kept.write_text(yaml.safe_dump({"recipe": older.pop("method"), **older}))
+    assert recipes.load(str(kept)) == recipe(data) and train(recipe(data), tmp_path / "run")[0] == "finished"
+
+
+def test_conditions_and_other_schedules_replace_what_is_inherited(tmp_path: Path) -> None:
+    text = "recipe: latent\ncodec: pixels\ndata: {size: 16}\nconditions: {words: {kind: minilm}}\n"
+    found = load(tmp_path, text + "model: {schedule: {name: flow}}\n")
+    assert list(found.conditions) == ["words"] and found.model.schedule.name == "flow"
+    sr3 = {"name": "linear", "steps": 2000, "start": 1e-6, "end": 0.01}
+    assert recipes.merged({"schedule": sr3}, {"schedule": {"name": "flow"}}) == {"schedule": {"name": "flow"}}
+    assert recipes.merged({"schedule": sr3}, {"schedule": {"end": 0.02}}) == {"schedule": sr3 | {"end": 0.02}}
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "said"),
+    [
+        ("method: ddmp\n", "train.seed=1", r"method must be one of .* got 'ddmp' \(did you mean 'ddpm'\?\)"),
+        ("method: [ddpm]\n", "train.seed=1", r"got \['ddpm'\]"),
+        ("method: ddpm\nrecipe: ddpm\n", "train.seed=1", "recipe and method each say what is trained"),
+        ("recipe: ddpm-emoji\n", "train.seed=1", "did you mean 'ddpm-emoji32'"),
+        ("recipe: ddpm\n", "recipe=ddpm-emoji32", "recipe cannot be changed by an override"),
+    ],
+)
+def test_what_a_file_can_name(tmp_path: Path, text: str, override: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        load(tmp_path, text, override)
+
+
+# --- keys that do nothing, steps that there are not
+
+
+SHORT = "recipe: ddpm\ndata: {size: 16}\nmodel: {schedule: {steps: 10}}\n"
+
+
+def test_steps_that_nobody_asked_for_fit_a_short_schedule(tmp_path: Path) -> None:
+    for found in (load(tmp_path, SHORT), recipes.load("ddpm", ["model.schedule.steps=10"], ".")):
+        assert (found.model.sampling.steps, found.train.sample_steps) == (10, 10)
+    longer = load(tmp_path, SHORT, "model.schedule.steps=30")
+    assert (longer.model.sampling.steps, longer.train.sample_steps) == (30, 25)
+    latent = recipes.load("latent-semantic", ["model.schedule.steps=10"], ".")
+    assert (latent.model.sampling.steps, latent.train.sample_steps) == (10, 10)
+    flow = recipes.load("ddpm", ["model.schedule.name=flow", "model.prediction.parameterization=flow"], ".")
+    assert (flow.model.sampling.steps, flow.train.sample_steps) == (50, 25)
+    spaced = load(tmp_path, SHORT, "model.sampling.schedule=ddim5")
+    assert spaced.train.sample_steps == 5
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.sample_steps=11", "does not go with model.schedule: steps must be at most the schedule's 10, got 11"),
+        ("model.sampling.steps=50", "does not go with model.schedule: steps must be at most the schedule's 10, got 50"),
+        ("model.sampling.schedule=ddim20", "does not go with model.schedule"),
+    ],
+)
+def test_more_steps_than_the_schedule_has_are_refused(tmp_path: Path, override: str, said: str) -> None:
+    with pytest.raises(UserError, match=f"{override} {said}"):
+        load(tmp_path, SHORT, override)
+    with pytest.raises(UserError, match=said):
+        recipes.load("latent-semantic", ["model.schedule.steps=10", override], ".")
+
+
+def test_sample_steps_of_a_run_without_samples_are_not_looked_at(tmp_path: Path) -> None:
+    assert load(tmp_path, SHORT, "train.sample_steps=11", "train.sample_every=0").train.sample_steps == 11
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["objective.weighting=uniform", "objective.min_snr_gamma=3"], "without objective.weighting=min_snr; leave it"),
+        (["objective.p2_k=2"], "objective.p2_k=2 does nothing without objective.weighting=p2"),
+        (["objective.huber_delta=2"], "without objective.loss=huber"),
+        (["objective.logit_std=2"], "without objective.density=logit_normal"),
+        (["objective.importance_history=3"], "without objective.importance=second_moment"),
+        (["objective.self_condition_rate=0.9"], "without model.prediction.self_condition=true"),
+        (["objective.continuous_data=true"], "without objective.vlb_weight"),
+        (["model.prediction.sigma_data=0.3"], "model.prediction.sigma_data=0.3 does nothing without .* edm"),
+        (["model.schedule.shift=3"], "schedule.shift=3.0 does nothing with the schedule 'cosine'; it is for flow"),
+        (["objective.weighting=p2", "objective.p2_gamma=-1"], "objective.p2_gamma must not be negative"),
+    ],
+)
+def test_keys_that_would_do_nothing_are_refused(tmp_path: Path, overrides: list[str], said: str) -> None:
+    text = "recipe: ddpm\ndata: {size: 16}\n"
+    with pytest.raises(UserError, match=said):
+        load(tmp_path, text, *overrides)
+
+
+def test_keys_that_do_something_or_have_their_default_are_taken(tmp_path: Path) -> None:
+    text = "recipe: ddpm\ndata: {size: 16}\n"
+    load(tmp_path, text, "objective.min_snr_gamma=3")
+    load(tmp_path, text, "objective.p2_k=1", "objective.self_condition_rate=0.5", "model.prediction.sigma_data=0.5")
+    load(tmp_path, text, "objective.self_condition_rate=0.9", "model.prediction.self_condition=true")
+    for edm in ("parameterization=edm", "preconditioning=edm"):
+        load(tmp_path, text, "model.prediction.sigma_data=0.3", f"model.prediction.{edm}")
+    load(tmp_path, text, "model.prediction.sigma_data=0.3", "model.schedule.name=ve")
+
+
 def test_a_recipe_needs_data(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="my.yaml names no data; give --data FOLDER"):
         load(tmp_path, GOOD, data=None)
@@ -472,12 +682,13 @@ def test_names_and_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", recipes.names())
-def test_every_recipe_that_comes_with_the_package_is_valid(name: str) -> None:
-    values = recipes.read_yaml(recipes.source(name)[1], name)
+def test_every_recipe_that_comes_with_the_package_is_valid(tmp_path: Path, name: str) -> None:
+    values = recipes.read_values(name)[1]
     latent = values["recipe"] == "latent"
     codec = "pixels" if latent and "codec" not in values else None
     if values["recipe"] == "autoencoder" and "model" not in values:
         codec = "emoji"
     found = recipes.load(name, ["data.size=64"] if latent else [], ".", codec)
     assert found.description
-    assert parse(type(found), yaml.safe_load(run.dump(found)), "dump") == found
+    (tmp_path / "dump.yaml").write_text(run.dump(found))
+    assert parse(type(found), recipes.read_values(str(tmp_path / "dump.yaml"))[1], "dump") == found

@@ -110,6 +110,7 @@ def _measure(
 
     from sfumato import api
     from sfumato.networks.attention import set_attention_kernel
+    from sfumato.systems.ddpm import DDPM
     from sfumato.tasks.bench import measured, shares
 
     set_attention_kernel(kernel)
@@ -121,6 +122,9 @@ def _measure(
         opened = api.load(model, allow_pickle=allow_pickle, **how)
     size = opened.system.config.size
     w, h = width or size, height or size
+    if isinstance(opened.system, DDPM) and (w, h) != (size, size):
+        what, other = ("width", w) if w != size else ("height", h)
+        raise UserError(f"model {opened.name} draws {size} x {size} pixels; {what} {other} cannot be had")
     speed = measured(opened.system, w, h, batch=batch, repeat=repeat)
     known = {"model": opened.name, "width": w, "height": h, "batch": batch, "kernel": kernel, "dtype": dtype}
     known |= {"backend": opened.backend, "convolution": opened.convolution, "offload": opened.offload}

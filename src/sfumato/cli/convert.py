@@ -1,4 +1,4 @@
-"""`sfumato convert`: a model in the layout of another program.
+"""`sfumato convert`: a model in the layout of another program, or of ours.
 
 >>> listed(("a", "b", "c"), most=2)
 'a, b and 1 more'
@@ -20,7 +20,10 @@ _SHOWN = 10
 def convert(
     source: Annotated[str, typer.Argument(help="A name from `sfumato models ls`, a file, a run or a folder.")],
     target: Annotated[Path, typer.Argument(help="What is written; it must not exist.")],
-    to: Annotated[str, typer.Option(help="diffusers (a folder), or single-file (one .safetensors, CompVis' names).")],
+    to: Annotated[
+        str,
+        typer.Option(help="diffusers (a folder), single-file (one .safetensors, CompVis' names) or sfumato (our own)."),
+    ],
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16 or bfloat16. [as the weights are stored]")
     ] = None,
@@ -38,7 +41,7 @@ def convert(
         bool, typer.Option("--all-names", help="List every tensor that is left aside, not the first ten of each kind.")
     ] = False,
 ) -> None:
-    """Write a model in the layout of another program, bit for bit; what it does not take over is listed."""
+    """Write a model in another layout, bit for bit; what it does not take over is listed."""
     from sfumato.api import first_stage_of, weights_of
     from sfumato.systems.convert import check_target
     from sfumato.systems.convert import convert as run

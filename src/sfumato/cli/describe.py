@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sfumato.cli.drawing import AllowPickle
 from sfumato.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from sfumato.systems import Opened
 
 models_app = typer.Typer(
     help="The models in the box.", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
@@ -83,10 +86,12 @@ def _of_model(file: Path, allow_pickle: bool) -> dict[str, Any]:
         known["run"] = str(file)
         if found := records(file):
             known["last metrics"] = found[-1]
-    opened = open_system(weights_of(file), allow_pickle=allow_pickle, dtype=None)
+    opened = open_system(weights_of(file), allow_pickle=allow_pickle, dtype=None, incomplete=True)
     config = opened.system.config.model_dump(mode="json")
-    parameters = sum(t.numel() for t in opened.system.tensors().values())
+    parameters = sum(t.numel() for t in opened.system.tensors().values() if not t.is_meta)
     known |= {"weights": str(opened.path), "sha256": opened.sha256, "parameters": parameters}
+    if opened.missing:
+        known["missing"] = missing_from(opened)
     if opened.notes:
         known["notes"] = list(opened.notes)
     if opened.file is not None:
@@ -94,6 +99,13 @@ def _of_model(file: Path, allow_pickle: bool) -> dict[str, Any]:
         left = {reason: len(names) for reason, names in coverage.ignored.items()}
         known["tensors"] = {"used": len(coverage.matched), "left aside": left}
     return known | config
+
+
+def missing_from(opened: Opened) -> list[str]:
+    """What a model lacks for drawing, in words."""
+    from sfumato.systems.stable_diffusion import TITLES
+
+    return [TITLES[part] + (": give one with --vae PATH" if part == "vae" else "") for part in opened.missing]
 
 
 def doctor() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sfumato.cli.options import number, seed_number, whole
+from sfumato.cli.options import first_seed_number, number, whole
 from sfumato.errors import UserError, raise_unknown
 
 if TYPE_CHECKING:
@@ -43,7 +43,14 @@ ModelName = Annotated[
     str | None, typer.Option(help="A name from `sfumato models ls`, a file, a run or a folder. [best in the box]")
 ]
 Seed = Annotated[
-    int | None, typer.Option(parser=seed_number, metavar="N", help="Of the first picture; picture i has seed + i.")
+    int | None,
+    typer.Option(parser=first_seed_number, metavar="N", help="Of the first picture; picture i has seed + i."),
+]
+SameSeed = Annotated[
+    bool, typer.Option("--same-seed", help="Each prompt begins with the first seed; files are <seed>-<prompt>.png.")
+]
+Prompts = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Prompts from a text file, one a line; # begins a remark.")
 ]
 Count = Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Pictures (of each prompt).")]
 Steps = Annotated[int | None, typer.Option(parser=whole(1), metavar="N", help="Sampling steps. [the model's own]")]
@@ -116,6 +123,28 @@ def interval(text: str | None) -> tuple[float, float] | None:
     return low, high
 
 
+def prompts(given: list[str] | None, file: Path | None) -> list[str]:
+    """The prompts of the command line, or those of a file: its lines without empty ones and those that begin with #."""
+    if file is None:
+        for text in given or []:
+            with suppress(OSError, ValueError):
+                if Path(text).suffix and Path(text).suffix.lower() not in _SUFFIXES and Path(text).is_file():
+                    tell_notes([f"the prompt {text!r} is the name of a file; --prompts {text} reads prompts from it"])
+        return list(given or [])
+    if given:
+        raise UserError("prompts stand on the command line or in the file of --prompts; give one of them")
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not a text file in UTF-8, which prompts must be") from None
+    found = [line for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise UserError(f"{file} holds no prompt")
+    return found
+
+
 def numbers(text: str | None, option: str, what: str) -> tuple[int, int, int, int] | None:
     """Four whole numbers with commas between them."""
     if text is None:
@@ -149,9 +178,14 @@ def opened(
         model, device=device, dtype=dtype, vae=vae, prediction=prediction or "unknown", averaged=ema,  # type: ignore[arg-type]
         allow_pickle=allow_pickle, tiles=tiles, backend=backend, offload=offload,
     )  # fmt: skip
-    for note in found.notes:
-        print(f"note: {note}", file=sys.stderr)
+    tell_notes(found.notes)
     return found
+
+
+def tell_notes(notes: Iterable[str]) -> None:
+    """Say, on stderr, what a user should know, a sentence each."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 # --- where pictures go -----------------------------------------------------------------------------------------------
@@ -166,6 +200,8 @@ class Destination:
         total: how many pictures.
         sheet, overwrite: as on the command line.
         same: all have one seed, so that the folder's names are numbered.
+        each: how many pictures each of several prompts has from the same seeds, so that names say which; None where
+            seeds run on.
     """
 
     out: Path
@@ -173,6 +209,7 @@ class Destination:
     sheet: bool
     overwrite: bool
     same: bool = False
+    each: int | None = None
 
     @property
     def single(self) -> bool:
@@ -230,6 +267,8 @@ class Destination:
             found = [self.out]
         elif self.same:
             found = [self.out / f"{seed}-{i}.png" for i in range(self.total)]
+        elif self.each is not None and self.each < self.total:
+            found = [self.out / f"{seed + i % self.each}-{i // self.each}.png" for i in range(self.total)]
         else:
             found = [picture_path(self.out, seed + i) for i in range(self.total)]
         if not self.overwrite:

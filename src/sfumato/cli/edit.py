@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,7 +35,9 @@ from sfumato.cli.drawing import (
     Overwrite,
     Predicts,
     Previews,
+    Prompts,
     Rescale,
+    SameSeed,
     Sampler,
     Schedule,
     Seed,
@@ -73,6 +74,8 @@ def edit(
     model: ModelName = None,
     seed: Seed = None,
     count: Count = 1,
+    same_seed: SameSeed = False,
+    prompts: Prompts = None,
     steps: Steps = None,
     sampler: Sampler = None,
     schedule: Schedule = None,
@@ -100,35 +103,40 @@ def edit(
     as_json: AsJson = False,
 ) -> None:
     """Change a picture: towards a prompt, within a mask or a box, beyond its border, or larger."""
-    where = Destination(out, count * max(1, len(prompt or [])), sheet, overwrite)
+    texts = drawing.prompts(prompt, prompts)
+    where = Destination(out, count * max(1, len(texts)), sheet, overwrite, each=count if same_seed else None)
     where.check(seed, previews, {"picture": picture, "mask": mask, "map of depths": depth})
     options: dict[str, Any] = {
         "mask": mask, "box": drawing.numbers(box, "--box", "X,Y,W,H"),
         "outpaint": drawing.numbers(outpaint, "--outpaint", "L,T,R,B"), "strength": strength, "depth": depth,
-        "upscale": upscale, "noise_level": noise_level, "count": count, "steps": steps, "sampler": sampler,
-        "schedule": schedule, "guidance": guidance, "guidance_rescale": guidance_rescale,
+        "upscale": upscale, "noise_level": noise_level, "count": count, "same_seed": same_seed, "steps": steps,
+        "sampler": sampler, "schedule": schedule, "guidance": guidance, "guidance_rescale": guidance_rescale,
         "guidance_interval": drawing.interval(guidance_interval), "negative": negative, "label": label,
         "dialect": dialect, "clip_skip": clip_skip, "fast": fast,
     }  # fmt: skip
-    _check_pictures(picture, options)
-    if model is None and not prompt and _only_enlarges(options):
+    notes = _check_pictures(picture, options, out)
+    if model is None and not texts and _only_enlarges(options):
         model = ENLARGES
     opened = drawing.opened(
         model, device=device, dtype=dtype, vae=vae, prediction=prediction, ema=ema, allow_pickle=allow_pickle,
         tiles=tiles, backend=backend, offload=offload,
     )  # fmt: skip
     first = drawing.first_seed(seed, as_json)
-    for remark in opened.remarks(sampler):
-        print(f"note: {remark}", file=sys.stderr)
-    draw = partial(opened.edit, picture, prompt or None, seed=first, **options)
+    drawing.tell_notes([*notes, *opened.remarks(sampler)])
+    draw = partial(opened.edit, picture, texts or None, seed=first, **options)
     drawing.make(draw, opened, where, first, as_json, previews)
 
 
-def _check_pictures(picture: Path, options: dict[str, Any]) -> None:
-    """Refuse pictures that cannot be read or do not fit each other before the model is opened."""
+def _check_pictures(picture: Path, options: dict[str, Any], out: Path) -> list[str]:
+    """Refuse pictures that cannot be read or do not fit each other before the model is opened, and tell what a user
+    should know of the result."""
     from sfumato.tasks.original import Original
 
-    Original.of(picture, **{name: options[name] for name in ("mask", "box", "outpaint", "depth")})
+    original = Original.of(picture, **{name: options[name] for name in ("mask", "box", "outpaint", "depth")})
+    if original.mask is None or out.suffix.lower() not in (".jpg", ".jpeg"):
+        return original.remarks()
+    less = "is not exact" if original.clear is None else "is not exact and has no transparency"
+    return [f"JPEG {less}, so pixels outside of what is redrawn change as well; .png and .webp keep them as they are"]
 
 
 def _only_enlarges(options: dict[str, Any]) -> bool:

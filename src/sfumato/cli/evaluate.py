@@ -79,7 +79,10 @@ def bits_per_dim(
 
     opened = api.load(model, device=device)
     if not isinstance(opened.system, DDPM):
-        raise UserError(f"{opened.name} is a {opened.system.kind} model; bits per dimension need a pixel-space model")
+        raise UserError(
+            f"{opened.name} is a {opened.system.kind} model; bits per dimension need one of kind ddpm, which draws "
+            "pixels from noise alone"
+        )
     found, indices, total = _choose(
         opened.system, data, split, label, count, seed, {"fit": fit, "upscale": upscale, "skip_bad": skip_bad}
     )

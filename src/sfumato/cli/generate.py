@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,7 +35,9 @@ from sfumato.cli.drawing import (
     Overwrite,
     Predicts,
     Previews,
+    Prompts,
     Rescale,
+    SameSeed,
     Sampler,
     Schedule,
     Seed,
@@ -53,6 +54,8 @@ def generate(
     model: ModelName = None,
     seed: Seed = None,
     count: Count = 1,
+    same_seed: SameSeed = False,
+    prompts: Prompts = None,
     steps: Steps = None,
     sampler: Sampler = None,
     schedule: Schedule = None,
@@ -107,8 +110,8 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Draw new pictures."""
-    same = towards is not None or towards_seed is not None
-    where = Destination(out, count * max(1, len(prompt or [])), sheet, overwrite, same)
+    texts, same = drawing.prompts(prompt, prompts), towards is not None or towards_seed is not None
+    where = Destination(out, count * max(1, len(texts)), sheet, overwrite, same, count if same_seed else None)
     where.check(seed, previews, {"map": classes, "layout": layout})
     span = drawing.interval(guidance_interval)
     opened = drawing.opened(
@@ -117,14 +120,12 @@ def generate(
     )  # fmt: skip
     first = drawing.first_seed(seed, as_json)
     options: dict[str, Any] = {
-        "count": count, "steps": steps, "sampler": sampler, "schedule": schedule, "guidance": guidance,
-        "guidance_rescale": guidance_rescale, "guidance_interval": span,
-        "negative": negative, "label": label, "width": width, "height": height, "dialect": dialect,
-        "clip_skip": clip_skip, "variation": variation, "variation_strength": variation_strength, "towards": towards,
-        "towards_seed": towards_seed, "hires": hires, "hires_strength": hires_strength, "fast": fast,
-        "layout": layout, "map": classes,
+        "count": count, "same_seed": same_seed, "steps": steps, "sampler": sampler, "schedule": schedule,
+        "guidance": guidance, "guidance_rescale": guidance_rescale, "guidance_interval": span, "negative": negative,
+        "label": label, "width": width, "height": height, "dialect": dialect, "clip_skip": clip_skip,
+        "variation": variation, "variation_strength": variation_strength, "towards": towards, "layout": layout,
+        "towards_seed": towards_seed, "hires": hires, "hires_strength": hires_strength, "fast": fast, "map": classes,
     }  # fmt: skip
-    for remark in opened.remarks(sampler):
-        print(f"note: {remark}", file=sys.stderr)
-    draw = partial(opened.generate, prompt or None, seed=first, **options)
+    drawing.tell_notes(opened.remarks(sampler))
+    draw = partial(opened.generate, texts or None, seed=first, **options)
     drawing.make(draw, opened, where, first, as_json, previews)

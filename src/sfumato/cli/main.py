@@ -110,13 +110,56 @@ def _usage(error: Any) -> str:
     if unknown is not None:
         return f"unknown command {unknown[1]!r}{nearest(unknown[1], context.command.commands)}"
     if hasattr(error, "possibilities"):
-        known = ["--help", *(option for known in context.command.params for option in known.opts)]
-        return f"unknown option {error.option_name!r}{nearest(error.option_name, known)}"
+        return f"unknown option {error.option_name!r}{_right_option(error.option_name, context)}"
     if parameter is not None:
         name = parameter.opts[0] if parameter.param_type_name == "option" else parameter.name.upper()
         return f"{name}: {error.message or 'is missing'}"
     message = error.format_message().rstrip(".")
     return f"{message[:1].lower()}{message[1:]}"
+
+
+# other programs' names of options -> ours
+_OPTIONS = {
+    ("--cfg-scale", "--cfg", "--scale", "--guidance-scale"): "--guidance",
+    ("--denoise", "--denoising-strength", "--denoising"): "--strength",
+    ("--size", "--resolution"): "--width and --height",
+    ("--negative-prompt", "--neg", "--neg-prompt"): "--negative",
+    ("--batch-size", "--batch", "--n", "-n", "--num", "--num-images", "--n-iter", "--n-samples"): "--count",
+    ("--checkpoint", "--ckpt", "--ckpt-path"): "--model",
+    ("--scheduler",): "--schedule or --sampler",
+    ("--num-inference-steps", "--ddim-steps", "--num-steps"): "--steps",
+    ("--outdir", "--output", "--output-dir", "-o"): "--out",
+    ("--mask-image",): "--mask",
+}
+_OTHER = {"generate": "edit", "edit": "generate"}
+_WORDS = {
+    ("--prompt", "-p"): 'prompts stand without an option: sfumato generate "a fox"',
+    ("--image", "--init-image", "--init-img", "--input"): "a picture to change stands first: sfumato edit photo.png",
+    ("--lora", "--loras", "--lora-path"): "LoRA is not supported",
+    ("--control", "--controlnet", "--control-net", "--controlnet-model"): "ControlNet is not supported",
+    ("--embedding", "--embeddings", "--textual-inversion"): "textual inversion is not supported",
+    ("--ip-adapter",): "an IP-Adapter is not supported",
+    ("--refiner",): "a refiner is not supported",
+}
+
+
+def _right_option(name: str, context: Any) -> str:
+    """Which option was meant: what other programs call so, else the nearest name."""
+    folded = name.casefold().replace("_", "-") if name.startswith("--") else name
+    known = ["--help", *(option for known in context.command.params for option in known.opts)]
+    if folded not in known and context.command.name in _OTHER:
+        for theirs, words in _WORDS.items():
+            if folded in theirs and theirs[0] not in known:
+                return f" ({words})"
+        for theirs, ours in _OPTIONS.items():
+            if folded in theirs and set(re.findall(r"--\w+", ours)) <= set(known):
+                return f" (did you mean {re.sub(r'--[a-z]+', lambda found: repr(found[0]), ours)}?)"
+            if folded in theirs:
+                return f" (sfumato {_OTHER[context.command.name]} has {ours})"
+        other = context.parent.command.commands[_OTHER[context.command.name]]
+        if name in {option for known in other.params for option in known.opts}:
+            return f" (sfumato {other.name} has it)"
+    return nearest(name, known)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,13 @@ def seed_number(text: str | int) -> int:
     return value
 
 
+def first_seed_number(text: str | int) -> int:
+    """As `seed_number`, for the seed that is drawn where none is given: other programs write -1 for that."""
+    if str(text).strip() == "-1":
+        raise typer.BadParameter("must be at least 0, got -1; leave --seed out for a random one")
+    return seed_number(text)
+
+
 def number(least: float) -> Callable[[str | float], float]:
     """A parser of finite numbers of at least `least`; anything else is a `typer.BadParameter`."""
 

@@ -103,7 +103,7 @@ def validate_recipe(
 
     given = [*(overrides or [])]
     said = {override.partition("=")[0].partition(".")[0] for override in given}
-    values = recipes.read_yaml(recipes.source(name)[1], name)
+    values = recipes.read_values(name)[1]
     if values.get("recipe") == "latent" and not any(key.startswith("codec=") for key in given):
         sized = isinstance(values.get("data"), dict) and "size" in values["data"]
         stand_in = [] if values.get("codec") else ["codec=pixels", *([] if sized else ["data.size=64"])]

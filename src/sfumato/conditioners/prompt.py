@@ -9,7 +9,8 @@ r"""The grammar of prompts: a text to fragments with weights, as three programs 
 
 They are those of AUTOMATIC1111's web UI, ComfyUI and compel (InvokeAI). What a weight does to the text encoder's states
 stands in `weighting.py`, where windows begin in `chunks.py`. What the programs do with `<lora:…>`, `AND`, `[a:b:0.5]`,
-`[a|b]`, `embedding:…`, `.blend()`, `.and()` and `.swap()` is refused and never read as words; `plain` has no grammar.
+`[a|b]`, `embedding:…`, `<my-style>`, `{a|b}`, `__colour__`, `.blend()`, `.and()` and `.swap()` is refused and never
+read as words; `plain` has no grammar.
 
 >>> parse("a (red:1.3) hat", "a1111")
 [Fragment(text='a ', weight=1.0), Fragment(text='red', weight=1.3), Fragment(text=' hat', weight=1.0)]
@@ -157,7 +158,9 @@ _NETWORK = re.compile(r"<(\w+):[^>]+>")
 _AND = re.compile(r"\bAND\b")
 _WHEN = re.compile(r":\s*[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?\s*$")
 _INNER = re.compile(r"\([^()\[\]]*\)|\[[^()\[\]]*\]")
-_EMBEDDING = re.compile(r"(?:^|[ \n(])embedding:\S*")
+_EMBEDDING = re.compile(r"(?:^|[ \n(,])embedding:[^\s,)]+")
+_LEARNED = re.compile(r"<[A-Za-z][\w-]*>")
+_CHOICE = re.compile(r"\{[^{}|]*\|[^{}]*\}|(?<!\w)__[A-Za-z0-9*][\w/.*-]*?__(?!\w)")
 _OPERATOR = re.compile(r"\.swap\s*\(|\)\s*\.(?:blend|and|add)\s*\(|(?:useLora|withLora)\s*\(")
 
 
@@ -183,9 +186,17 @@ def _refuse(text: str, dialect: str) -> None:
                 f"the prompt changes words while drawing ({_short(content[0])}), which is not supported: write one of "
                 f"them, or use {signs} for the signs themselves"
             )
-    if dialect == "comfy" and (found := _EMBEDDING.search(text)):
-        name = _short(found[0].strip(" (\n"))
-        raise UserError(f"the prompt asks for {name}, and textual inversion is not supported: take it out")
+    if found := _CHOICE.search(text):
+        raise UserError(
+            f"the prompt leaves words to chance ({_short(found[0])}), which is not supported: write one of them, or "
+            "read the signs themselves with --dialect plain"
+        )
+    if (dialect != "compel" and (found := _EMBEDDING.search(text))) or (found := _LEARNED.search(text)):
+        name = _short(found[0].strip(" (,\n"))
+        raise UserError(
+            f"the prompt asks for {name}, and textual inversion is not supported: take it out, or read the signs "
+            "themselves with --dialect plain"
+        )
     if dialect == "compel" and (found := _OPERATOR.search(text)):
         name = found[0].strip(" ()").strip()
         raise UserError(f"the prompt uses compel's {name}(), which is not supported: write one prompt")

@@ -137,7 +137,7 @@ class Objective:
         for name in ("huber_delta", "min_snr_gamma", "logit_std", "log_nsr_std"):
             if getattr(self, name) <= 0:
                 raise UserError(f"objective.{name} must be positive, got {getattr(self, name)}")
-        for name in ("p2_k", "vlb_weight", "offset_noise", "input_perturbation"):
+        for name in ("p2_gamma", "p2_k", "vlb_weight", "offset_noise", "input_perturbation"):
             if getattr(self, name) < 0:
                 raise UserError(f"objective.{name} must not be negative, got {getattr(self, name)}")
         for name in ("self_condition_rate", "pyramid_noise", "importance_uniform"):

@@ -70,7 +70,7 @@ def sample(
     `torch.no_grad`, not inference mode: guidance may need gradients.
     """
     denoise = as_function(denoise)
-    if isinstance(noise, NoiseSource) and noise.seeds and len(noise.seeds) != len(x):
+    if type(noise) is NoiseSource and len(noise.seeds) != len(x):  # others draw as they please
         raise ValueError(f"noise must be that of {len(x)} pictures, one seed for each, got {len(noise.seeds)}")
     if climb and not getattr(solver, "climbs", True):
         raise UserError(f"climb=True inverts, which {type(solver).__name__} cannot do: it chooses its steps downwards")

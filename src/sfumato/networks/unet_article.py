@@ -358,6 +358,8 @@ class Unet(nn.Module):
         super().__init__()
         for name in unknown:
             raise UserError(f"Unet has no option {name!r}{nearest(name, _OPTIONS)}")
+        _check_whole(dim=dim, init_dim=init_dim, out_dim=out_dim, channels=channels)
+        _check_whole(**{f"dim_mults[{i}]": mult for i, mult in enumerate(dim_mults)})
         widths, levels = [init_dim or dim, *(dim * mult for mult in dim_mults)], len(dim_mults)
         fourier = learned_sinusoidal_cond or random_fourier_features
         _check_sizes(dim, levels, fourier, learned_sinusoidal_dim)
@@ -433,6 +435,13 @@ class Unet(nn.Module):
             x = change(attention(x) + x)
         out: Tensor = self.final_conv(self.final_res_block(torch.cat([x, first], dim=1), t))
         return out
+
+
+def _check_whole(**sizes: int | None) -> None:
+    """Refuse sizes that are not whole numbers of at least 1; None is left to its default."""
+    for name, size in sizes.items():
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise UserError(f"{name} must be a whole number of at least 1, got {size!r}")
 
 
 def _check_sizes(dim: int, levels: int, fourier: bool, fourier_dim: int) -> None:

@@ -456,7 +456,7 @@ class UNet2DConditionModel(AttentionHost):
         _check_slot("vector", vector, (batch, width), used=of_vector or self.add_embedding is not None)
         _check_slot("guidance", guidance, (batch,), used=c.time_cond_proj_dim is not None)
         if context_mask is not None:
-            if context is None or context_mask.dtype != torch.bool:
+            if context is None or not isinstance(context_mask, Tensor) or context_mask.dtype != torch.bool:
                 raise UserError("context_mask must be bool and come with a context")
             _check_slot("context_mask", context_mask, tuple(context.shape[:2]), used=True)
 
@@ -467,9 +467,12 @@ def _check_slot(name: str, value: Tensor | None, shape: tuple[int | None, ...], 
         raise UserError(f"this network needs {name}, got None" if used else f"this network takes no {name}")
     if value is None:
         return
+    wanted = "(" + ", ".join("L" if size is None else str(size) for size in shape) + ("," * (len(shape) == 1)) + ")"
+    if not isinstance(value, Tensor):
+        more = "; what processors take besides goes into adapters" if name == "context" else ""
+        raise UserError(f"{name} must be one tensor {wanted}, got {type(value).__name__}{more}")
     if value.ndim != len(shape) or any(want not in (None, got) for want, got in zip(shape, value.shape, strict=True)):
-        wanted = ", ".join("L" if size is None else str(size) for size in shape)
-        raise UserError(f"{name} must be ({wanted}{',' if len(shape) == 1 else ''}), got {tuple(value.shape)}")
+        raise UserError(f"{name} must be {wanted}, got {tuple(value.shape)}")
 
 
 def _with_residuals(

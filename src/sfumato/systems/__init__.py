@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,6 +53,7 @@ class Opened:
         notes: what a user should know of how it was opened, each in one sentence.
         file: the account of the tensors of a single file that another program wrote.
         opening: the options that it was opened with, where they change what it draws, as JSON.
+        missing: the parts ("vae", "text") that are not there; their weights are on "meta".
     """
 
     system: System
@@ -60,6 +62,7 @@ class Opened:
     notes: tuple[str, ...] = ()
     file: SingleFile | None = None
     opening: dict[str, Any] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
 
 
 SystemT = TypeVar("SystemT", bound=System)
@@ -75,8 +78,10 @@ def open_as(kind: type[SystemT], path: str | Path, *, allow_pickle: bool = False
 
 def open_codec(path: str | Path, *, allow_pickle: bool = False) -> tuple[CodecSystem, str]:
     """A first stage, alone or inside a latent model, and the SHA-256 of its file. Raises `ModelFileError` otherwise."""
-    opened = open_system(path, allow_pickle=allow_pickle)
+    opened = open_system(path, allow_pickle=allow_pickle, incomplete=True)
     system = opened.system
+    if "vae" in opened.missing:
+        raise ModelFileError(f"{path} holds a model without its first stage (VAE), so that of another one is needed")
     if isinstance(system, Latent):
         system = CodecSystem(system.config.codec, system.codec)
     if not isinstance(system, CodecSystem):
@@ -92,6 +97,7 @@ def open_system(
     averaged: bool = False,
     vae: str | Path | None = None,
     dtype: torch.dtype | None = torch.float32,
+    incomplete: bool = False,
 ) -> Opened:
     """Open a model file of ours, a single file of Stable Diffusion, a checkpoint of latent diffusion with its YAML
     beside it (`NAME.yaml` or `config.yaml`), or a folder in diffusers' layout.
@@ -100,34 +106,40 @@ def open_system(
         allow_pickle: convert a `.ckpt` or `.bin`, in a process that can build tensors and nothing else.
         prediction: "eps" or "v", of a foreign model, where nothing says it or what says it is wrong.
         averaged: read the running average of the weights (EMA) of a single file that keeps it apart.
-        vae: a first stage to use instead of the model's own.
+        vae: a first stage to use instead of the model's own, or where it has none.
         dtype: of the weights of latent models; None leaves them as stored.
+        incomplete: open a published model too that lacks its first stage or its text encoder, see `Opened.missing`;
+            such a one cannot draw.
 
     Raises:
         ModelFileError: missing, empty, damaged, foreign, or weights that do not fit the stored config.
         UserError: for an option that means nothing for this model.
     """
     path = Path(path)
-    if path.is_dir():
-        opened = _open_folder(path, allow_pickle, prediction, averaged, dtype)
-    else:
+    if not path.is_dir():
         check_is_file(path)
+    stage, sha256 = open_codec(vae, allow_pickle=allow_pickle) if vae is not None else (None, "")
+    spare = ("vae", "text") if incomplete else ("vae",) if vae is not None else ()
+    if path.is_dir():
+        opened = _open_folder(path, allow_pickle, prediction, averaged, dtype, stage, spare)
+    else:
         own = _own_config(path)
         if own is None:
-            opened = _open_foreign(path, allow_pickle, prediction, averaged, dtype)
+            opened = _open_foreign(path, allow_pickle, prediction, averaged, dtype, spare)
         elif prediction != "unknown" or averaged:
             raise UserError(f"{path} says itself what it predicts and holds one set of weights; leave the options out")
         else:
             opened = _open_own(path, dtype)
     how: dict[str, Any] = {"prediction": prediction} if prediction != "unknown" else {}
     opened = replace(opened, opening=how | ({"averaged": True} if averaged else {}))
-    if vae is None:
+    if stage is None:
         return opened
     if not isinstance(opened.system, Latent):
         raise UserError(f"{path} holds a {opened.system.kind} model, which takes no other first stage")
-    stage, sha256 = open_codec(vae, allow_pickle=allow_pickle)
-    told = {"vae": {"path": str(Path(vae).resolve()), "sha256": sha256}}
-    return replace(opened, system=with_codec(opened.system, stage, str(vae)), opening=opened.opening | told)
+    told = {"vae": {"path": str(Path(str(vae)).resolve()), "sha256": sha256}}
+    missing = tuple(part for part in opened.missing if part != "vae")
+    system = with_codec(opened.system, stage, str(vae))
+    return replace(opened, system=system, opening=opened.opening | told, missing=missing)
 
 
 def _own_config(path: Path) -> dict[str, Any] | None:
@@ -151,7 +163,12 @@ def _open_own(path: Path, dtype: torch.dtype | None) -> Opened:
 
 
 def _open_foreign(
-    path: Path, allow_pickle: bool, prediction: Prediction, averaged: bool, dtype: torch.dtype | None
+    path: Path,
+    allow_pickle: bool,
+    prediction: Prediction,
+    averaged: bool,
+    dtype: torch.dtype | None,
+    spare: Collection[str],
 ) -> Opened:
     if (values := ldm_config.beside(path)) is not None:
         if prediction != "unknown":
@@ -159,19 +176,29 @@ def _open_foreign(
         opened = ldm_config.open_checkpoint(path, values, averaged=averaged, allow_pickle=allow_pickle, dtype=dtype)
         return Opened(opened.system, path, hashes.sha256(path), opened.notes)
     found = open_single_file(
-        path, prediction=prediction, averaged=averaged, allow_pickle=allow_pickle, dtype=dtype
+        path, prediction=prediction, averaged=averaged, allow_pickle=allow_pickle, dtype=dtype, spare=spare
     )
-    return Opened(found.system, path, hashes.sha256(path), found.notes, found.file)
+    return Opened(found.system, path, hashes.sha256(path), found.notes, found.file, missing=found.missing)
 
 
 def _open_folder(
-    folder: Path, allow_pickle: bool, prediction: Prediction, averaged: bool, dtype: torch.dtype | None
+    folder: Path,
+    allow_pickle: bool,
+    prediction: Prediction,
+    averaged: bool,
+    dtype: torch.dtype | None,
+    stage: CodecSystem | None,
+    spare: Collection[str],
 ) -> Opened:
     if not diffusers.is_pipeline(folder) and diffusers.class_of(folder) is None:
+        if (title := diffusers.addition_in(folder)) is not None:
+            raise ModelFileError(f"{folder} holds {title}, which changes a model and is not a model to draw with")
         contents = "is empty" if not any(folder.iterdir()) else "holds no run, checkpoint or diffusers pipeline"
         raise ModelFileError(f"{folder} {contents}; a model is a .safetensors file, a run or a pipeline folder")
     if averaged:
         raise UserError(f"{folder} is a folder, which keeps no running average of the weights apart; leave it out")
-    found = open_folder(folder, allow_pickle=allow_pickle, prediction=prediction, dtype=dtype)
+    found = open_folder(
+        folder, allow_pickle=allow_pickle, prediction=prediction, dtype=dtype, stage=stage, spare=spare
+    )
     hashes.remember(folder, found.sha256)
-    return Opened(found.system, folder, found.sha256, found.notes)
+    return Opened(found.system, folder, found.sha256, found.notes, missing=found.missing)

@@ -9,11 +9,12 @@ registries.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from torch import nn
 
 from sfumato.diffusion import grid as grids
@@ -40,10 +41,22 @@ def dtype_name(dtype: str | torch.dtype) -> str:
     return _SHORT.get(name, name)
 
 
+_FLOAT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+
+
 class Strict(BaseModel):
-    """A frozen config that refuses unknown keys and numbers that are not finite."""
+    """A frozen config that refuses unknown keys and numbers that are not finite.
+
+    A whole number may be written 1e4, which YAML takes for text.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _whole(cls, value: Any, info: ValidationInfo) -> Any:
+        whole = info.field_name is not None and cls.model_fields[info.field_name].annotation is int
+        return float(value) if whole and isinstance(value, str) and _FLOAT.fullmatch(value) else value
 
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
@@ -89,8 +102,27 @@ def _fields_at(model: type, path: list[str]) -> list[str]:
     return list(model.model_fields) if issubclass(model, BaseModel) else []
 
 
+CONTINUOUS = ("flow", "sine", "ve")
+"""Schedules without a table: every time between two ends has its level."""
+
+_OF_TABLES = {"steps", "zero_terminal_snr", "interpolation"}
+_KEYS = {
+    "linear": _OF_TABLES | {"start", "end"},
+    "scaled_linear": _OF_TABLES | {"start", "end"},
+    "cosine": _OF_TABLES,
+    "sigmoid": _OF_TABLES,
+    "betas": _OF_TABLES,
+    "flow": {"shift"},
+    "sine": set[str](),
+    "ve": {"sigma_min", "sigma_max"},
+}
+"""Which keys each schedule takes; `betas` has a rule of its own."""
+
+
 class ScheduleConfig(Strict):
     """A noise schedule.
+
+    A key that its schedule does not take may be there, but only with the default value.
 
     Attributes:
         name: linear, scaled_linear, cosine, sigmoid, betas (tables), flow, sine or ve (continuous).
@@ -122,6 +154,17 @@ class ScheduleConfig(Strict):
             raise UserError(f"schedule.betas has {len(self.betas)} numbers for {self.steps} steps")
         return self
 
+    @model_validator(mode="after")
+    def _keys_belong_to_their_name(self) -> ScheduleConfig:
+        for key, field in type(self).model_fields.items():
+            taking = [name for name, keys in _KEYS.items() if key in keys]
+            if taking and self.name not in taking and getattr(self, key) != field.default:
+                raise UserError(
+                    f"schedule.{key}={getattr(self, key)} does nothing with the schedule {self.name!r}; it is for "
+                    f"{', '.join(taking)}"
+                )
+        return self
+
     def build(self) -> schedules.Schedule:
         """The schedule itself."""
         if self.name == "flow":
@@ -141,8 +184,6 @@ class ScheduleConfig(Strict):
         }
         ends = {"start": self.start, "end": self.end}
         given = {key: value for key, value in ends.items() if value is not None}
-        if given and self.name not in ("linear", "scaled_linear"):
-            raise UserError(f"schedule.start and schedule.end belong to linear schedules, not to {self.name}")
         if self.betas is not None:
             table = schedules.alpha_bar_from_betas(torch.tensor(self.betas, dtype=torch.float64))
         else:

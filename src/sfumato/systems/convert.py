@@ -1,7 +1,7 @@
-"""One model file as another: a folder in diffusers' layout, or a single file in CompVis'.
+"""One model file as another: a folder in diffusers' layout, a single file in CompVis', or a file of our own.
 
 Every tensor that the model uses keeps its bits unless another type is asked for. What the source holds besides is
-listed with the reason, and so is what the target has no place for.
+listed with the reason, and so is what the target has no place for. A model in memory is saved in the same ways.
 
 >>> from sfumato.errors import UserError
 >>> try:
@@ -13,7 +13,8 @@ model.ckpt: a single file is written as safetensors, so its name must end in .sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,20 @@ from torch import Tensor
 
 from sfumato.checkpoints.formats.families import Prediction
 from sfumato.checkpoints.formats.single_file import SingleFile
+from sfumato.checkpoints.io import CONFIG_KEY, take_over
+from sfumato.checkpoints.tensors import write_tensors
 from sfumato.errors import UserError, raise_unknown
-from sfumato.systems import Opened, open_system
+from sfumato.systems import Drawing, Opened, System, fingerprint, open_system
 from sfumato.systems.clip import CLIP
 from sfumato.systems.codec import CodecSystem
 from sfumato.systems.config import DTYPES
 from sfumato.systems.exchange import save_folder
 from sfumato.systems.latent import Latent, LatentConfig
-from sfumato.systems.stable_diffusion import config_of, write_single_file
+from sfumato.systems.stable_diffusion import TITLES, config_of, refuse_missing, write_single_file
 
-FOLDER, FILE = "diffusers", "single-file"
+FOLDER, FILE, OWN = "diffusers", "single-file", "sfumato"
 ENDINGS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
-LAYOUTS = (FOLDER, FILE)
+LAYOUTS = (FOLDER, FILE, OWN)
 """What a model can be converted to."""
 NO_PLACE = "the layout of single files has no place for it"
 REPLACED = "of the first stage, instead of which another one was given"
@@ -85,44 +88,115 @@ def convert(
         raise_unknown("dtype", dtype, DTYPES)
     wanted = None if dtype is None else DTYPES[dtype]
     opened = open_system(
-        source, allow_pickle=allow_pickle, prediction=prediction, averaged=averaged, vae=vae, dtype=wanted
-    )
+        source, allow_pickle=allow_pickle, prediction=prediction, averaged=averaged, vae=vae, dtype=wanted,
+        incomplete=True,
+    )  # fmt: skip
+    if isinstance(opened.system, CLIP):
+        raise UserError(f"{source} holds a clip model, which has no counterpart in other programs' layouts")
+    refuse_missing(source, [part for part in opened.missing if part != "vae"])
     used, dropped = _account(opened, replaced=vae is not None)
     notes = [note for note in opened.notes if opened.file is None or note != opened.file.coverage.describe()]
     notes += [] if wanted is None else _cast(opened, wanted)
     if vae is not None:
         notes.append(f"the first stage is that of {vae}")
-    if isinstance(opened.system, CLIP):
-        raise UserError(f"{source} holds a clip model, which has no counterpart in other programs' layouts")
+    lost, said = _written(opened.system, target, to, str(source), opened.missing)
+    return Converted(used, dropped | ({NO_PLACE: lost} if lost else {}), (*notes, *said))
+
+
+@torch.no_grad()
+def save(
+    system: Drawing,
+    target: str | Path,
+    *,
+    to: str = OWN,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    what: str = "the model",
+) -> Converted:
+    """Write a model as it is in memory; the target appears whole or not at all, and the model stays as it is.
+
+    Args:
+        target: must not exist, but for an empty folder where a folder is written.
+        to: one of `LAYOUTS`.
+        dtype: one of `DTYPES`; None keeps the types that the weights have in memory.
+        overwrite: take the place of a file; a folder with something in it is never replaced.
+        what: the model, for messages.
+
+    Raises:
+        UserError: for a target that stands in the way, weights that are not those of the model's config (a network with
+            layers around its own), and a model that the layout has no place for.
+    """
+    target = Path(target)
+    check_target(target, to, overwrite=overwrite)
+    if dtype is not None and dtype not in DTYPES:
+        raise_unknown("dtype", dtype, DTYPES)
+    wanted = None if dtype is None else DTYPES[dtype]
+    twin: Drawing = type(system).create(system.config, "meta")  # type: ignore[arg-type]
+    own, outlines = system.networks(), twin.networks()
+    for name, outline in outlines.items():
+        if type(own[name]) is not type(outline):
+            named = f"{type(own[name]).__name__}, and its config says {type(outline).__name__}"
+            raise UserError(f"the {name} of {what} is a {named}; put that in its place again to save the model")
+        take_over(outline, {n: _typed(t, wanted) for n, t in own[name].state_dict().items()}, what=what)
+    lost, notes = _written(twin, target, to, what, ())
+    odd = _not_finite(twin, wanted) if wanted is not None else []
+    if (foreign := fingerprint.of(own).get(fingerprint.PROCESSORS)) is not None:
+        odd.append(f"the attention processors that are not the library's own ({foreign}) are code, and are not saved")
+    return Converted(len(twin.tensors()), {NO_PLACE: lost} if lost else {}, (*odd, *notes))
+
+
+def _typed(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """In the CPU's memory and of the type, if there is one; the tensor itself where it is both."""
+    return tensor.detach().to("cpu", dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
+
+
+def _written(
+    system: System, target: Path, to: str, source: str, missing: Collection[str]
+) -> tuple[tuple[str, ...], list[str]]:
+    """Write a model; returns the names that the layout has no place for, and notes."""
+    if missing and to != FILE:
+        lacking = " and no ".join(TITLES[part] for part in missing)
+        raise UserError(f"{source} holds no {lacking}, which only a single file may lack; give one with --vae PATH")
+    if to == OWN:
+        metadata = {CONFIG_KEY: json.dumps(system.config.model_dump(mode="json"), sort_keys=True)}
+        write_tensors(target, system.tensors(), metadata)
+        return (), []
+    assert not isinstance(system, CLIP)
     if to == FOLDER:
-        notes += save_folder(opened.system, target)
-    else:
-        if not isinstance(opened.system, Latent):
-            raise UserError(f"{source} holds a {opened.system.kind} model; single files are of Stable Diffusion only")
-        lost = write_single_file(opened.system, target).dropped
-        dropped |= {NO_PLACE: lost} if lost else {}
-        notes += _not_kept(opened.system.config, target)
-    return Converted(used, dropped, tuple(notes))
+        return (), save_folder(system, target)
+    if not isinstance(system, Latent):
+        raise UserError(f"{source} holds a {system.kind} model; single files are of Stable Diffusion only")
+    lost = write_single_file(system, target, missing=missing).dropped
+    notes = [f"the file holds no {TITLES[part]}, as {source} does not; give one with --vae PATH" for part in missing]
+    return lost, notes + _not_kept(system.config, target)
 
 
-def check_target(target: Path, to: str) -> None:
-    """Refuse an unknown layout, and a target that stands in the way or has a misleading name. Raises `UserError`."""
+def check_target(target: Path, to: str, *, overwrite: bool = False) -> None:
+    """Refuse an unknown layout, and a target that stands in the way or has a misleading name. Raises `UserError`.
+
+    Args:
+        overwrite: let a file stand in the way of a file.
+    """
     if to not in LAYOUTS:
         raise_unknown("layout", to, LAYOUTS)
-    if to == FILE and target.suffix != ".safetensors":
-        raise UserError(f"{target}: a single file is written as safetensors, so its name must end in .safetensors")
+    if to != FOLDER and target.suffix != ".safetensors":
+        which = "a single file" if to == FILE else "the model"
+        raise UserError(f"{target}: {which} is written as safetensors, so its name must end in .safetensors")
     if to == FOLDER and target.suffix.lower() in ENDINGS:
         raise UserError(f"{target}: this layout is a folder, so its name must not end as a file's does")
     if to == FOLDER and target.is_dir() and not any(target.iterdir()):
         return
+    if overwrite and to != FOLDER and target.is_file():
+        return
     if target.exists() or target.is_symlink():
-        raise UserError(f"{target} exists already; choose another name")
+        kept = "; overwriting replaces a file only" if overwrite else ""
+        raise UserError(f"{target} exists already; choose another name{kept}")
 
 
 def _account(opened: Opened, *, replaced: bool) -> tuple[int, dict[str, tuple[str, ...]]]:
     """How many tensors are used, and which are not and why."""
     if opened.file is None:
-        return len(opened.system.tensors()), {}
+        return sum(not tensor.is_meta for tensor in opened.system.tensors().values()), {}
     used, dropped = list(opened.file.coverage.matched), dict(opened.file.coverage.ignored)
     if replaced:
         known = set(_of_vae(opened.file))
@@ -146,6 +220,11 @@ def _cast(opened: Opened, dtype: torch.dtype) -> list[str]:
     for network in networks:
         if network is not None:
             network.to(dtype)
+    return _not_finite(system, dtype)
+
+
+def _not_finite(system: System, dtype: torch.dtype) -> list[str]:
+    """A note where weights hold what is not finite in the type that they were given."""
     odd = [name for name, tensor in system.tensors().items() if not _finite(tensor)]
     if not odd:
         return []
@@ -154,7 +233,7 @@ def _cast(opened: Opened, dtype: torch.dtype) -> list[str]:
 
 
 def _finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+    return tensor.is_meta or not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
 def _not_kept(config: LatentConfig, target: Path) -> list[str]:

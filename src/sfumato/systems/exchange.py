@@ -27,7 +27,7 @@ when opening and `prompt_embeds` when drawing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -65,6 +65,7 @@ from sfumato.systems.exchange_text import (
 )
 from sfumato.systems.latent import TEXT, Latent, LatentConfig
 from sfumato.systems.scheduler_config import Scheduler, from_diffusers, to_diffusers
+from sfumato.systems.stable_diffusion import refuse_missing
 
 Exchanged = DDPM | Latent | CodecSystem
 """Systems that have a counterpart in diffusers."""
@@ -91,11 +92,13 @@ class OpenedFolder:
         system: the model.
         sha256: of its weights (for a codec, of its config too), hexadecimal.
         notes: what a user should know of how it was opened, each in one sentence.
+        missing: the parts that are not there: at most the "vae", whose weights are on "meta" then.
     """
 
     system: Exchanged
     sha256: str
     notes: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
 
 
 @dataclass
@@ -276,6 +279,8 @@ def open_folder(
     allow_pickle: bool = False,
     prediction: Prediction = "unknown",
     dtype: torch.dtype | None = torch.float32,
+    stage: CodecSystem | None = None,
+    spare: Collection[str] = (),
 ) -> OpenedFolder:
     """Open a folder in diffusers' layout.
 
@@ -283,6 +288,8 @@ def open_folder(
         allow_pickle: convert weights that are there as a pickle only, in a process that can build tensors alone.
         prediction: "eps" or "v" overrules what the folder says of its network.
         dtype: of the weights; None leaves each in the type that it is stored in.
+        stage: what will take the place of a first stage that is missing.
+        spare: parts ("vae") that may be missing.
 
     Raises:
         ModelFileError: for a folder of something else, damaged files, and parts that do not fit one another.
@@ -296,9 +303,11 @@ def open_folder(
         return _open_codec(folder, read, dtype)
     pipeline = str(diffusers.read_json(folder / diffusers.INDEX).get(CLASS))
     if (folder / OWN).is_file():
-        return _open_own(folder, read, prediction, dtype, allow_pickle=allow_pickle)
+        return _open_own(folder, read, prediction, dtype, allow_pickle=allow_pickle, spare=spare)
     if pipeline in stable.PIPELINES:
-        found = stable.open_pipeline(folder, allow_pickle=allow_pickle, prediction=prediction, dtype=dtype)
+        found = stable.open_pipeline(
+            folder, allow_pickle=allow_pickle, prediction=prediction, dtype=dtype, stage=stage, spare=spare
+        )
         return OpenedFolder(*found)
     return _open_unconditional(folder, pipeline, read, prediction, dtype)
 
@@ -321,13 +330,21 @@ def _open_unconditional(
 
 
 def _open_own(
-    folder: Path, read: Read, prediction: Prediction, dtype: torch.dtype | None, *, allow_pickle: bool
+    folder: Path,
+    read: Read,
+    prediction: Prediction,
+    dtype: torch.dtype | None,
+    *,
+    allow_pickle: bool,
+    spare: Collection[str] = (),
 ) -> OpenedFolder:
     """A folder of ours: `sfumato.json` says what it is, and the rest must agree."""
     own = diffusers.read_json(folder / OWN)
     parts = _parts(folder, read)
     config = _predicting(_read_own(own, diffusers.read_json(folder / SCHEDULER), folder), prediction)
     model = _outline(config)
+    missing = ("vae",) if "codec" in model.networks() and "codec" not in parts else ()
+    refuse_missing(folder, [part for part in missing if part not in spare])
     for name, part in parts.items():
         _agree(model.networks().get(name), part, folder)
     stored = {name: plain(part) for name, part in parts.items()}
@@ -343,7 +360,7 @@ def _open_own(
         digests.append(trained.sha256)
     if told.seen and "conditioner" not in model.networks():
         raise ModelFileError(f"{folder} holds {CONDITIONER}, where its {OWN} expects no such part")
-    opened = _filled(model, parts, stored | {"conditioner": told}, digests, folder, dtype)
+    opened = _filled(model, parts, stored | {"conditioner": told}, digests, folder, dtype, missing)
     return replace(opened, notes=(*opened.notes, *notes))
 
 
@@ -363,11 +380,12 @@ def _filled(
     digests: list[str],
     folder: Path,
     dtype: torch.dtype | None,
+    missing: tuple[str, ...] = (),
 ) -> OpenedFolder:
     """An outlined model with its weights."""
-    fill(model.networks(), stored, what=str(folder), dtype=dtype)
+    fill(model.networks(), stored, what=str(folder), dtype=dtype, missing=["codec"] if missing else ())
     sha256 = hashes.together(*(part.sha256 for part in parts.values()), *digests)
-    return OpenedFolder(model, sha256, tuple(note for part in parts.values() for note in part.notes))
+    return OpenedFolder(model, sha256, tuple(note for part in parts.values() for note in part.notes), missing)
 
 
 def _predicting(config: DDPMConfig | LatentConfig, prediction: Prediction) -> DDPMConfig | LatentConfig:

@@ -25,20 +25,31 @@ from torch import Tensor, nn
 from sfumato.checkpoints import hashes
 from sfumato.checkpoints.formats import diffusers
 from sfumato.checkpoints.formats.diffusers import CLASS, Component
-from sfumato.checkpoints.formats.families import DDPM_X4, VAE_F4, Family, Prediction, family_named, predicting
+from sfumato.checkpoints.formats.families import (
+    DDPM_X4,
+    UNET_1,
+    UNET_X4,
+    VAE_F4,
+    VAE_F8,
+    Family,
+    Prediction,
+    family_named,
+    predicting,
+)
 from sfumato.checkpoints.io import check_fit, take_over
 from sfumato.conditioners.clip_prompt import ClipPrompt
 from sfumato.conditioners.shown import Depth, LowResolution, Masked
 from sfumato.diffusion.schedule import TableSchedule
 from sfumato.errors import ModelFileError, UserError
-from sfumato.networks.autoencoder import AutoencoderConfig
+from sfumato.networks.autoencoder import AutoencoderConfig, AutoencoderKL
 from sfumato.networks.config import NetworkConfig
 from sfumato.networks.unet_condition import UNet2DConditionConfig
+from sfumato.systems.codec import CodecSystem
 from sfumato.systems.config import ScheduleConfig
 from sfumato.systems.exchange_text import PAD_TOKENS, TEXT_ENCODER, TOKENIZER, Text, read_text
 from sfumato.systems.latent import TEXT, Latent
 from sfumato.systems.scheduler_config import KINDS, from_diffusers
-from sfumato.systems.stable_diffusion import config_of
+from sfumato.systems.stable_diffusion import config_of, refuse_missing
 
 PLAIN = "StableDiffusionPipeline"
 PICTURES = "StableDiffusionImg2ImgPipeline"
@@ -95,14 +106,23 @@ def network_config(kind: type[ConfigT], part: Component) -> ConfigT:
 
 
 def fill(
-    networks: Mapping[str, nn.Module], stored: Mapping[str, Stored], *, what: str, dtype: torch.dtype | None
+    networks: Mapping[str, nn.Module],
+    stored: Mapping[str, Stored],
+    *,
+    what: str,
+    dtype: torch.dtype | None,
+    missing: Collection[str] = (),
 ) -> None:
     """Give networks on "meta" their weights; all names and shapes are looked at before the first value is read.
+
+    Args:
+        missing: names of networks that stay on "meta".
 
     Raises:
         ModelFileError: for what does not fit.
     """
     nothing = Stored({}, dict)
+    networks = {name: network for name, network in networks.items() if name not in missing}
     for name, network in networks.items():
         check_fit(network, stored.get(name, nothing).seen, what=what)
     for name, network in networks.items():
@@ -132,35 +152,56 @@ def open_pipeline(
     allow_pickle: bool = False,
     prediction: Prediction = "unknown",
     dtype: torch.dtype | None = torch.float32,
-) -> tuple[Latent, str, tuple[str, ...]]:
+    stage: CodecSystem | None = None,
+    spare: Collection[str] = (),
+) -> tuple[Latent, str, tuple[str, ...], tuple[str, ...]]:
     """Open a folder of one of the `PIPELINES`, by diffusers' own files.
 
     Args: as in `exchange.open_folder`.
 
     Returns:
-        (model, SHA-256 of its weights, notes).
+        (model, SHA-256 of its weights, notes, the parts that are missing).
 
     Raises:
         ModelFileError: for parts that are missing, damaged, of another class, or do not fit one another.
         UserError: for a setting that has no counterpart here.
     """
-    for name in (UNET, VAE, TEXT_ENCODER):
+    missing = () if (folder / VAE).is_dir() else ("vae",)
+    for name in (UNET, TEXT_ENCODER):
         if not (folder / name).is_dir():
             raise ModelFileError(f"{folder} lacks the folder {name}, which drawing needs")
+    refuse_missing(folder, [part for part in missing if part not in spare])
     read: Callable[[Path], Component] = partial(diffusers.read_component, allow_pickle=allow_pickle, dtype=dtype)
-    unet, vae = read(folder / UNET), read(folder / VAE)
+    unet, vae = read(folder / UNET), None if missing else read(folder / VAE)
     text = read_text(folder, allow_pickle=allow_pickle, dtype=dtype)
     index = diffusers.read_json(folder / diffusers.INDEX)
     scheduler, corrections = _scheduler(folder, str(index.get(CLASS)))
-    family = _family(unet, vae, text, scheduler, prediction, folder)
-    stored = {"network": plain(unet), "codec": plain(vae), "conditioner": told(text)}
+    first = _first_stage(unet, vae, stage, folder)
+    family = _family(unet, first, text, scheduler, prediction, folder)
+    stored = {"network": plain(unet), "conditioner": told(text)} | ({} if vae is None else {"codec": plain(vae)})
     model = Latent.create(config_of(family), "meta")
-    fill(model.networks(), stored, what=str(folder), dtype=dtype)
+    fill(model.networks(), stored, what=str(folder), dtype=dtype, missing=() if vae is not None else ("codec",))
     why = "its scheduler says so" if prediction == "unknown" else "it was said"
     aside = [note.format(folder) for name, note in _ASIDE.items() if _holds(index, name)]
-    notes = [*unet.notes, *vae.notes, *text.notes, *corrections, *aside]
+    read_ones = [part for part in (unet, vae, text.part) if part is not None]
+    notes = [*unet.notes, *(() if vae is None else vae.notes), *text.notes, *corrections, *aside]
     notes.append(f"{family.title}; predicts {family.prediction} ({why})")
-    return model, hashes.together(unet.sha256, vae.sha256, text.part.sha256), tuple(notes)
+    return model, hashes.together(*(part.sha256 for part in read_ones)), tuple(notes), missing
+
+
+def _first_stage(
+    unet: Component, vae: Component | None, stage: CodecSystem | None, folder: Path
+) -> AutoencoderConfig:
+    """The config of the folder's own autoencoder. Where there is none: for a published network that of the published
+    model, for another one that of the first stage given in its place."""
+    if vae is not None:
+        _check_class(vae, "AutoencoderKL", folder / VAE)
+        return network_config(AutoencoderConfig, vae)
+    network = network_config(UNet2DConditionConfig, unet)
+    published = VAE_F4 if network.block_out_channels == UNET_X4.block_out_channels else VAE_F8
+    known = network.block_out_channels in (UNET_1.block_out_channels, UNET_X4.block_out_channels)
+    given = None if stage is None else stage.codec.network
+    return given.config if not known and isinstance(given, AutoencoderKL) else published
 
 
 def _holds(index: Mapping[str, Any], name: str) -> bool:
@@ -184,12 +225,15 @@ def _scheduler(folder: Path, pipeline: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def _family(
-    unet: Component, vae: Component, text: Text, scheduler: dict[str, Any], prediction: Prediction, folder: Path
+    unet: Component,
+    first: AutoencoderConfig,
+    text: Text,
+    scheduler: dict[str, Any],
+    prediction: Prediction,
+    folder: Path,
 ) -> Family:
     """The published model that a folder comes nearest to, with the folder's own configs."""
     _check_class(unet, "UNet2DConditionModel", folder / UNET)
-    _check_class(vae, "AutoencoderKL", folder / VAE)
-    first = network_config(AutoencoderConfig, vae)
     network = network_config(UNet2DConditionConfig, unet)
     if first.in_channels != first.out_channels or not isinstance(first.sample_size, int):
         raise UserError("only first stages of square pictures, with as many channels in as out, can be opened")

@@ -12,7 +12,7 @@ probe that tells eps from v where no metadata does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from sfumato.checkpoints.formats.single_file import SingleFile, Written, write
 from sfumato.checkpoints.io import component, take_over
 from sfumato.conditioners.clip_prompt import ClipPrompt
 from sfumato.conditioners.shown import Depth, LowResolution, Masked
-from sfumato.errors import UserError
+from sfumato.errors import ModelFileError, UserError
 from sfumato.networks.autoencoder import AutoencoderConfig, AutoencoderKL
 from sfumato.networks.unet_condition import UNet2DConditionConfig, UNet2DConditionModel
 from sfumato.systems.codec import CodecConfig, CodecSystem
@@ -38,6 +38,8 @@ GUIDANCE, STEPS, FEWER_STEPS = 7.5, 50, 25
 _PLAIN = ("plms", "pndm_prk", "ddim", "ddpm")  # methods that want more steps
 NAMES = {"network": "unet", "codec": "vae", "conditioner": "text"}
 """Parts of a `Latent` -> parts of a single file."""
+TITLES = {"unet": "UNet", "vae": "first stage (VAE)", "text": "text encoder"}
+"""What people call them."""
 _DERIVED_UNET = ("sample_size", "in_channels", "out_channels", "num_class_embeds", "cross_attention_dim")
 _DERIVED_VAE = ("in_channels", "out_channels", "sample_size")
 _TEXT_WEIGHTS = f"{TEXT}."
@@ -163,11 +165,13 @@ class OpenedFile:
         system: the model; a codec where the file holds an autoencoder alone.
         file: the account of its tensors.
         notes: what a user should know, each in one sentence.
+        missing: the parts that are not there, by their names in a single file; their weights are on "meta".
     """
 
     system: Latent | CodecSystem
     file: SingleFile
     notes: tuple[str, ...]
+    missing: tuple[str, ...] = ()
 
 
 def open_single_file(
@@ -177,6 +181,7 @@ def open_single_file(
     averaged: bool = False,
     allow_pickle: bool = False,
     dtype: torch.dtype | None = torch.float32,
+    spare: Collection[str] = (),
 ) -> OpenedFile:
     """Open a file in CompVis' layout.
 
@@ -185,6 +190,7 @@ def open_single_file(
         averaged: read the running average of the UNet's weights where the file keeps it apart.
         allow_pickle: convert a pickle, in a process that can build tensors and nothing else.
         dtype: of the weights; None for the stored types.
+        spare: parts ("vae", "text") that may be missing.
 
     Raises:
         ModelFileError: damaged, foreign, incomplete.
@@ -204,10 +210,18 @@ def open_single_file(
     if file.family is None:
         return OpenedFile(_load_codec(file, dtype), file, tuple(notes))
     notes.append(f"{file.family.title}; predicts {file.prediction} ({file.why})")
-    missing = [part for part in NAMES.values() if part not in file.parts]
-    if missing:
-        raise UserError(f"{path} holds no {' and no '.join(missing)}, which drawing needs")
-    return OpenedFile(_load(file, dtype, file.parts), file, tuple(notes))
+    missing = tuple(part for part in NAMES.values() if part not in file.parts)
+    refuse_missing(path, [part for part in missing if part not in spare])
+    return OpenedFile(_load(file, dtype, file.parts), file, tuple(notes), missing)
+
+
+def refuse_missing(path: str | Path, missing: Collection[str]) -> None:
+    """Refuse, with a `ModelFileError`, a model that lacks parts; of a first stage it is said how to give one."""
+    if not missing:
+        return
+    hint = "; give one with --vae PATH (vae=)" if tuple(missing) == ("vae",) else ""
+    lacking = " and no ".join(TITLES[part] for part in missing)
+    raise ModelFileError(f"{path} holds no {lacking}, which drawing needs{hint}")
 
 
 def _load(file: SingleFile, dtype: torch.dtype | None, parts: tuple[str, ...]) -> Latent:
@@ -237,9 +251,20 @@ def _load_codec(file: SingleFile, dtype: torch.dtype | None) -> CodecSystem:
     return stage
 
 
-def write_single_file(model: Latent, path: str | Path, dtype: torch.dtype | None = None) -> Written:
-    """Write a model of this layout as one file. Raises `UserError` for another model, or where it cannot be written."""
-    return write(path, family_of(model), parts_of(model), dtype=dtype)
+def write_single_file(
+    model: Latent, path: str | Path, dtype: torch.dtype | None = None, *, missing: Collection[str] = ()
+) -> Written:
+    """Write a model of this layout as one file.
+
+    Args:
+        dtype: of the weights in the file; None leaves each as it is.
+        missing: parts that the model lacks, and the file then too: at most the "vae".
+
+    Raises:
+        UserError: for another model, or where it cannot be written.
+    """
+    parts = {part: tensors for part, tensors in parts_of(model).items() if part not in missing}
+    return write(path, family_of(model), parts, dtype=dtype, missing=missing)
 
 
 # --- eps or v --------------------------------------------------------------------------------------------------------

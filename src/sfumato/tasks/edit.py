@@ -220,10 +220,15 @@ def composited(drawn: Tensor, original: Tensor, mask: Tensor) -> Tensor:
     """Drawn inside the mask, the original outside, mixed where the mask is grey; 8-bit values.
 
     Args:
-        drawn, original: (B, 3, H, W) and (3, H, W), uint8.
+        drawn, original: (B, 3, H, W) and (3, H, W), uint8. The original may have a fourth channel, its opacity; then so
+            has the result, what was drawn is opaque, and colours are mixed by how much of each is seen.
         mask: (H, W) in [0, 1]. Where it is 0 the result is the original bit for bit, where it is 1 what was drawn.
     """
     share = mask.to(torch.float64)
+    if original.shape[-3] == drawn.shape[-3] + 1 == 4:
+        drawn = torch.cat((drawn, torch.full_like(drawn[:, :1], 255)), 1)
+        seen = share + (1 - share) * original[-1] / 255
+        share = torch.stack([share / seen.clamp(min=1e-12)] * 3 + [share])
     mixed = (share * drawn + (1 - share) * original).round().to(torch.uint8)
     return torch.where(mask == 0, original, torch.where(mask == 1, drawn, mixed))
 

@@ -57,6 +57,12 @@ class _Place(_Typed):
     path: str | None = None
 
 
+class _Picture(_Place):
+    """The original of an edit; the second hash is of its pixels with their transparency, where that was kept."""
+
+    sha256_rgba: str | None = None
+
+
 class _Opening(_Typed):
     prediction: Literal["eps", "v"] = "eps"
     averaged: bool = False
@@ -72,7 +78,7 @@ class _First(_Typed):
 
 
 class _Edit(_Typed):
-    picture: _Place
+    picture: _Picture
     mask: _Place | None = None
     depth: _Place | None = None
     box: Annotated[list[int], Field(min_length=4, max_length=4)] | None = None

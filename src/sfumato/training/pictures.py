@@ -31,6 +31,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sfumato.conditioners.semantic import classes_of
 from sfumato.errors import DataError, UserError
+from sfumato.images import eight_bits
 
 Fit = Literal["crop", "pad", "stretch"]
 
@@ -90,14 +91,10 @@ def decode(data: bytes, channels: Literal[1, 3] = 3) -> Image.Image:
 
 def _on_white(image: Image.Image) -> Image.Image:
     """Reduce any pixel type to opaque ``L`` or ``RGB``-convertible 8 bits, transparent parts over white."""
-    if image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.uint32)
-        grey = ((values + 128) // 257).astype(np.uint8)
-        if isinstance(transparent := image.info.get("transparency"), int):
-            grey[values == transparent] = 255
-        return Image.fromarray(grey)
-    if image.mode in ("I", "F"):
-        raise DataError(f"32-bit pixels (mode {image.mode}) have no known range; save it with 8 or 16 bits")
+    try:
+        image = eight_bits(image)
+    except UserError as error:
+        raise DataError(str(error)) from None
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         rgba = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")

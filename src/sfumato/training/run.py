@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from sfumato import models
 from sfumato.checkpoints.io import explain_os_error, write_bytes
 from sfumato.errors import UserError
 from sfumato.systems import open_system
@@ -23,7 +24,7 @@ from sfumato.systems.config import parse
 from sfumato.training import state
 from sfumato.training.config import RESUMABLE_CHANGES
 from sfumato.training.data import CaptionUse, PictureSet, check_all, open_data
-from sfumato.training.recipes import Recipe, read_yaml, source
+from sfumato.training.recipes import Recipe, read_values
 from sfumato.training.recipes.autoencoder import AutoencoderRecipe
 from sfumato.training.recipes.clip import CLIPRecipe
 from sfumato.training.recipes.latent import LatentRecipe
@@ -54,7 +55,7 @@ def train(
         recipe: validated, with its data path.
         run: created if it does not exist; one that holds another config, or is being trained, is refused.
         resume: "auto" goes on from the newest sound checkpoint if there is one; "never" wants an unused folder; or the
-            path of a checkpoint to start from.
+            path of a checkpoint, or of a run, to start from: into an unused folder, unless it is this run's own.
         dry_run: check everything, say what the run would take, and stop.
         device: None takes a GPU if there is one.
         say: told what a person should know.
@@ -92,6 +93,8 @@ def _train(
                 "ask for more steps, or start from an older checkpoint in a new folder (--resume CHECKPOINT)"
             )
         say(f"going on from {start} at step {trainer.step}")
+        for change in trainer.changes:
+            say(f"note: {change}")
     _describe(trainer, data, validation, say)
     if dry_run:
         return "dry run"
@@ -130,8 +133,10 @@ def rehearse(recipe: Recipe, *, device: torch.device | None = None, say: Callabl
 
 
 def dump(recipe: Recipe) -> str:
-    """A recipe as YAML, every default written out."""
-    text: str = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """A recipe as YAML, every default written out: its kind stands under `method`, so that it inherits nothing."""
+    values = recipe.model_dump(mode="json")
+    whole = {"method": values.pop("recipe"), **values}
+    text: str = yaml.safe_dump(whole, sort_keys=False, allow_unicode=True)
     return text
 
 
@@ -241,12 +246,17 @@ def _check_folder(recipe: Recipe, run: Path, resume: str) -> None:
             raise UserError(
                 f"{run} already holds a run; choose another folder, or leave --resume at auto to go on with it"
             )
+        if resume != "auto" and not Path(resume).resolve().is_relative_to(run.resolve()):
+            raise UserError(
+                f"{run} already holds a run, which --resume {resume} would overwrite; choose another folder for --out, "
+                "or leave --resume at auto to go on with the run that is there"
+            )
         _refuse_other_run(kept, recipe)
 
 
 def _refuse_other_run(kept: Path, recipe: Recipe) -> None:
     """Refuse to go on with a run whose config differs in more than may change."""
-    before = read_yaml(source(str(kept))[1], str(kept))
+    before = read_values(str(kept))[1]
     with suppress(UserError):  # with what an older recipe did not know yet
         before = parse(type(recipe), before, str(kept)).model_dump(mode="json")
     changes = differing(before, recipe.model_dump(mode="json"))
@@ -259,6 +269,11 @@ def _refuse_other_run(kept: Path, recipe: Recipe) -> None:
 
 def _checkpoint_at(folder: Path, note: Callable[[str], object]) -> Path:
     """The checkpoint that `--resume FOLDER` means: the folder itself, or a run's newest."""
+    if folder.is_file() or (not folder.exists() and str(folder) in models.names()):
+        raise UserError(
+            f"{folder} is a finished model, which training cannot be resumed from (a model does not keep the "
+            "optimizer's state); give the folder of a run or of one of its checkpoints"
+        )
     newest = state.newest(folder, note) if (folder / state.FOLDER).is_dir() else folder
     if newest is None:
         raise UserError(f"run {folder} has no checkpoint to start from")

@@ -227,6 +227,10 @@ class Trainer:
         config: how long, how large, how often.
         run: the folder for checkpoints, samples and metrics.
         device: where to compute; None takes a GPU if there is one.
+
+    Attributes:
+        step: how many are done.
+        changes: after `resume`, a sentence on each setting that makes this another run than one that never stopped.
     """
 
     def __init__(self, task: Task, config: TrainConfig, run: Path, device: torch.device | None = None) -> None:
@@ -243,6 +247,7 @@ class Trainer:
         self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.step, self.bad_steps, self.stop_asked = 0, 0, False
+        self.changes: list[str] = []
         self._saved_step: int | None = None
         self._wrapped: nn.Module | None = None
         if self.accelerator:
@@ -299,6 +304,7 @@ class Trainer:
         if self.config.precision == "fp16" and kept.state.get("scaler"):
             self.scaler.load_state_dict(kept.state["scaler"])
         self.step = kept.state["step"]
+        self.changes = self._changes_since(kept.state)
 
     def _restore_history(self, tensors: dict[str, Tensor], folder: Path) -> None:
         """Take over the losses that importance sampling remembers; the task and the checkpoint must agree on it."""
@@ -509,14 +515,25 @@ class Trainer:
 
     def learning_rate(self, step: int) -> float:
         """Warm-up, then the schedule, as a function of the step (0-based)."""
-        o, total = self.config.optimizer, self.config.steps
-        if step < o.warmup:
-            return o.lr * (step + 1) / o.warmup
-        if o.schedule == "constant":
-            return o.lr
-        done = torch.tensor((step - o.warmup) / max(1, total - o.warmup), dtype=torch.float64).clamp(0, 1)
-        fraction = (1 + torch.cos(torch.pi * done)) / 2 if o.schedule == "cosine" else 1 - done
-        return o.lr * float(fraction)
+        return learning_rate(self.config.optimizer, self.config.steps, step)
+
+    def _changes_since(self, then: Mapping[str, Any]) -> list[str]:
+        """A sentence on each setting that may change from a checkpoint's state and makes this another run than one that
+        never stopped: the number of steps where the learning rate ends with them, and the number of processes."""
+        notes, o = list[str](), self.config.optimizer
+        steps, processes = then.get("steps", self.config.steps), then.get("processes", self.world)
+        if steps != self.config.steps and o.schedule != "constant" and self.step > o.warmup + 1:
+            before, now = (learning_rate(o, n, self.step) for n in (steps, self.config.steps))
+            notes.append(
+                f"the {o.schedule} of the learning rate ends at step {self.config.steps:,} now, not {steps:,}: it goes "
+                f"on at {now:.2e}, not {before:.2e}, which is not what a run of so many steps does from its start"
+            )
+        if processes != self.world:
+            notes.append(
+                f"{processes} process{'es' * (processes > 1)} trained it until here and {self.world} from here on: the "
+                "noise is not what it would have been, so this run is not bit for bit one that never stopped"
+            )
+        return notes
 
     @torch.no_grad()
     def validate(self) -> dict[str, Any]:
@@ -552,6 +569,8 @@ class Trainer:
             "pictures": len(self.task.data),
             "data": self._data_sum,
             "torch": torch.__version__,
+            "steps": self.config.steps,
+            "processes": self.world,
         }
         if self.scaler.is_enabled():
             state["scaler"] = self.scaler.state_dict()
@@ -719,6 +738,17 @@ class Opponent:
         """Take over what `tensors` gave. Raises `ModelFileError` for another network's."""
         load_strictly(self.adversary.network, weights, what=f"the adversary in {folder}")
         checkpoints.restore_optimizer(self.optimizer, optimizer)
+
+
+def learning_rate(o: OptimizerConfig, steps: int, step: int) -> float:
+    """The learning rate at a step (0-based) of so many: warm-up, then the schedule."""
+    if step < o.warmup:
+        return o.lr * (step + 1) / o.warmup
+    if o.schedule == "constant":
+        return o.lr
+    done = torch.tensor((step - o.warmup) / max(1, steps - o.warmup), dtype=torch.float64).clamp(0, 1)
+    fraction = (1 + torch.cos(torch.pi * done)) / 2 if o.schedule == "cosine" else 1 - done
+    return o.lr * float(fraction)
 
 
 def adamw(network: nn.Module, o: OptimizerConfig) -> torch.optim.AdamW:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from sfumato.checkpoints import hashes, tensors
 from sfumato.checkpoints.formats import pickles
+from sfumato.checkpoints.formats.families import refuse_peft
 from sfumato.checkpoints.io import explain_os_error
 from sfumato.checkpoints.tensors import Lazily, TensorFile
 from sfumato.errors import ModelFileError, UserError
@@ -99,6 +100,16 @@ def class_of(folder: str | Path) -> str | None:
     return name if isinstance(name, str) else None
 
 
+def addition_in(folder: str | Path) -> str | None:
+    """What a folder holds that is put beside a model and is none, told by its files; None for anything else."""
+    names = {path.name for path in Path(folder).iterdir()}
+    if "adapter_config.json" in names:
+        return "a PEFT adapter (a LoRA, most likely)"
+    if any(name.startswith("pytorch_lora_weights.") for name in names):
+        return "a LoRA"
+    return "a textual inversion" if any(name.startswith("learned_embeds") for name in names) else None
+
+
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
@@ -127,6 +138,7 @@ def read_component(folder: Path, *, allow_pickle: bool = False, dtype: torch.dty
                 raise ModelFileError(f"{folder / file} holds {now} a second time")
             places[now] = opened, name
     seen = {name: file.seen[stored] for name, (file, stored) in places.items()}
+    refuse_peft(seen, str(folder))
     sha256 = hashes.together(*(_sha256(folder / file) for file in shards))
     return Component(config, Lazily(places, dtype), seen, sha256, tuple(notes))
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -36,6 +36,7 @@ class Undecided(UserError):
 
 T = TypeVar("T")
 
+_MOST_WORDS = 64
 END_MARK = 49407
 """CLIP's id of the end of a text, which Stable Diffusion 1 also fills windows with; 2 takes 0."""
 
@@ -306,12 +307,19 @@ _TEXT_PREFIXES = (
     ("conditioner.embedders.0.model.", "token_embedding.weight", "open_clip"),
 )
 
-_FOREIGN = (
-    (r"control_model\.|controlnet_cond_embedding|input_hint_block", "a ControlNet"),
-    (r".*\.(lora_(up|down|A|B)\.|alpha$|hada_w1|lokr_w1)|lora_(unet|te)_", "a LoRA"),
-    (r"emb_params$|string_to_(param|token)|clip_[lg]$", "a textual inversion"),
+_CONTROL = r"control_model\.|controlnet_cond_embedding|input_hint_block"
+_LORA = r".*\.(lora_(up|down|A|B)\.|alpha$|hada_w1|lokr_w1)|lora_(unet|te)_"
+_PEFT = re.compile(r".*\.base_layer\.(weight|bias)")
+_ADDITIONS = (
+    (_CONTROL, "a ControlNet"),
+    (_LORA, "a LoRA"),
+    (r"emb_params$|string_to_(param|token)|clip_[lg]$|<[^>]+>$", "a textual inversion"),
     (r"ip_adapter\.|image_proj\.", "an IP-Adapter"),
+    (r"(adapter\.)?body\.\d+\.(in_conv|block\d|resnets)\.|adapter\.conv_in\.", "a T2I-Adapter"),
     (r".*motion_modules\.", "a motion module"),
+)
+"""What is put beside a model, by its names."""
+_FOREIGN = (
     (r".*(time_stack|temporal_transformer)\.", "a Stable Video Diffusion model"),
     (r"(model\.diffusion_model\.)?joint_blocks\.", "a Stable Diffusion 3 model"),
     (r"(model\.diffusion_model\.)?distilled_guidance_layer\.", "a Chroma model"),
@@ -331,6 +339,35 @@ _FOREIGN = (
     (r"text_model\.|encoder\.layers\.", "a text encoder alone"),
     (r"vision_model\.|visual\.", "an image encoder"),
 )
+
+
+_AROUND = ("a ControlNet", "a motion module", "a Stable Video Diffusion model", "a Zero-1-to-3 model")
+"""What holds a UNet that looks like Stable Diffusion's."""
+
+
+def refuse_peft(names: Iterable[str], what: str) -> None:
+    """Refuse, with a `ModelFileError`, weights with PEFT's layers around a network's own."""
+    if (found := next((name for name in names if _PEFT.fullmatch(name)), None)) is not None:
+        raise ModelFileError(
+            f"{what} was saved with PEFT's layers around its own ({found}), which is not a model to draw with; fuse "
+            "them into it first (merge_and_unload, or fuse_lora and unload_lora_weights)"
+        )
+
+
+def _refuse_addition(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse what is put beside a model and is none."""
+    refuse_peft(tensors, "the network in the file")
+    title = _named(_ADDITIONS, tensors) or ("a textual inversion" if _words_alone(tensors) else None)
+    if title is not None:
+        raise ModelFileError(f"the file holds {title}, which changes a model and is not a model to draw with")
+
+
+def _words_alone(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether all there is are vectors of a CLIP text tower's width, each under a word."""
+    widths = (768, 1024, 1280)
+    return 0 < len(tensors) <= _MOST_WORDS and all(
+        "." not in name and tensor.ndim in (1, 2) and tensor.shape[-1] in widths for name, tensor in tensors.items()
+    )
 
 
 def _refuse(what: str) -> NoReturn:
@@ -357,7 +394,8 @@ def detect(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], family: F
     if family is not None and "unet" in places:
         return Found((family,), places, None, family.prediction, "it was said", averaged)
     if "unet" not in places:
-        if "vae" not in places or any(re.match(pattern, n) for n in tensors for pattern, _ in _FOREIGN[:2]):
+        if "vae" not in places or any(re.match(pattern, n) for n in tensors for pattern in (_CONTROL, _LORA)):
+            _refuse_addition(tensors)
             _refuse(_foreign(tensors))
         return Found((), places, stage_config(tensors, places["vae"]), "unknown", "", averaged)
     families = _families(tensors, places["unet"].prefix)
@@ -388,12 +426,16 @@ def _places(tensors: Mapping[str, Tensor]) -> dict[str, Place]:
 
 def _foreign(tensors: Mapping[str, Tensor]) -> str:
     """What a file without a network of ours is, as far as its names tell."""
-    for pattern, title in _FOREIGN:
-        expression = re.compile(pattern)
-        if any(expression.match(name) for name in tensors):
-            return title
+    if (title := _named(_FOREIGN, tensors)) is not None:
+        return title
     first = ", ".join(sorted(tensors)[:3])
     return f"no model that is known here (its first tensors are {first})" if first else "no tensors"
+
+
+def _named(patterns: Iterable[tuple[str, str]], tensors: Iterable[str]) -> str | None:
+    """The title of the first pattern that a name begins with, None if there is none."""
+    names = list(tensors)
+    return next((title for pattern, title in patterns if any(map(re.compile(pattern).match, names))), None)
 
 
 def _families(tensors: Mapping[str, Tensor], prefix: str) -> tuple[Family, ...]:
@@ -401,8 +443,8 @@ def _families(tensors: Mapping[str, Tensor], prefix: str) -> tuple[Family, ...]:
     channels = tensors[f"{prefix}input_blocks.0.0.weight"].shape[1:2].numel()
     texts = {t.shape[-1] for n, t in tensors.items() if n.startswith(prefix) and n.endswith(".attn2.to_k.weight")}
     vector, table = f"{prefix}label_emb.0.0.weight" in tensors, f"{prefix}label_emb.weight" in tensors
-    for title, pattern in (("a ControlNet", _FOREIGN[0][0]), *((t, p) for p, t in _FOREIGN[4:6] + _FOREIGN[17:18])):
-        if any(re.match(pattern, name) for name in tensors):
+    for pattern, title in (*_ADDITIONS, *_FOREIGN):
+        if title in _AROUND and any(re.match(pattern, name) for name in tensors):
             _refuse(title)
     if len(texts) != 1:
         _refuse("a latent diffusion model that is not told a text" if not texts else "a model with several texts")

@@ -301,6 +301,8 @@ def tensors_of(content: Any, *, size: int) -> tuple[dict[str, Tensor], dict[str,
             left.append(_shown(str(name)))
     if total > 2 * size:
         raise ModelFileError(f"is refused: its tensors claim {total} bytes, and the file has {size}")
+    if not tensors and isinstance(content.get("string_to_param"), Mapping):
+        raise ModelFileError("holds a textual inversion, which changes a model and is not a model to draw with")
     if not tensors:
         raise ModelFileError("holds no tensors under names")
     return tensors, numbers, sorted(left)

@@ -15,7 +15,7 @@ sfumato.errors.ModelFileError: no model at model.ckpt
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -62,6 +62,7 @@ IGNORED = (
         r"(cond_stage_model|conditioner\.embedders\.0)\.(transformer\.)?(text_projection(\.weight)?|logit_scale)",
         "CLIP's comparison of texts with pictures",
     ),
+    Ignored(r"embedding_manager\..+", "words that textual inversion learnt, or would have, when the model was trained"),
     Ignored("global_step|scale_factor|v_pred|ztsnr", "a mark or a number, which has been taken into account"),
 )
 """Tensors that single files hold and no network needs, with the reasons."""
@@ -288,6 +289,7 @@ def write(
     parts: Mapping[str, Mapping[str, Tensor]],
     *,
     dtype: torch.dtype | None = None,
+    missing: Collection[str] = (),
 ) -> Written:
     """Write a model as one safetensors file in CompVis' layout.
 
@@ -299,6 +301,7 @@ def write(
         parts: "unet", "vae" and "text" -> its weights under our names; a text tower's may lack `text_model.`, as
             transformers names them now.
         dtype: of the weights in the file; None leaves each as it is.
+        missing: parts that are left out: "vae", for the first stage can be given when the file is opened.
 
     Raises:
         UserError: when the weights do not fit the configs, or the file cannot be written.
@@ -307,6 +310,8 @@ def write(
     source: dict[str, Tensor] = {}
     dropped: list[str] = []
     for part in PARTS:
+        if part not in parts and part == "vae" and part in missing:
+            continue
         if part not in parts:
             raise UserError(f"a single file needs the weights of {', '.join(PARTS)}; {part} is missing")
         own = _as_stored(parts[part]) if part == "text" else dict(parts[part])

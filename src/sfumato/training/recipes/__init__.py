@@ -1,12 +1,18 @@
 """Recipes: what can be trained. A method is one Python file here; a ready-made run of it is one YAML file beside it.
 
+A file says under `recipe` which ready-made one it changes: what it leaves out is taken from there, as with overrides on
+the command line. Under `method` it names the method alone and takes what it leaves out from the method's defaults; so
+do the ready-made ones and the `config.yaml` of a run.
+
 >>> "ddpm-emoji32" in names()
 True
+>>> merged({"train": {"steps": 9, "batch": 4}}, {"train": {"steps": 7}})
+{'train': {'steps': 7, 'batch': 4}}
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,8 +21,10 @@ import yaml
 
 from sfumato import models
 from sfumato.checkpoints.io import read_header, stored_config
+from sfumato.diffusion import grid as grids
 from sfumato.errors import UserError, nearest, raise_unknown
-from sfumato.systems.config import parse
+from sfumato.systems.config import CONTINUOUS, SamplingConfig, parse
+from sfumato.training.config import TrainConfig
 from sfumato.training.recipes.autoencoder import AutoencoderRecipe
 from sfumato.training.recipes.clip import CLIPRecipe
 from sfumato.training.recipes.ddpm import DDPMRecipe
@@ -31,6 +39,7 @@ METHODS: dict[str, type[DDPMRecipe] | type[AutoencoderRecipe] | type[LatentRecip
     "latent": LatentRecipe,
 }
 
+_STEPS = {"model.sampling.steps": SamplingConfig().steps, "train.sample_steps": TrainConfig().sample_steps}
 _MAX_YAML = 2**20
 _MAX_DEPTH = 30
 
@@ -72,10 +81,10 @@ def load(
     Raises:
         UserError: YAML that cannot be read (with its line), an unknown key (nearest named), a value out of range.
     """
-    where, text = source(name_or_file)
-    values = read_yaml(text, where)
+    where, values, own = _layers(name_or_file)
     for override in overrides:
         _override(values, override)
+        _override(own, override)
     if data is not None:
         _override_value(values, "data.path", data)
     if codec is not None:
@@ -83,8 +92,8 @@ def load(
     _take_data_of_codec(values)
     method = values.get("recipe")
     if not isinstance(method, str) or method not in METHODS:
-        hint = nearest(str(method), METHODS)
-        raise UserError(f"{where}: recipe must be one of {', '.join(METHODS)}, got {method!r}{hint}")
+        raise UserError(f"{where}: recipe cannot be changed by an override; name the other recipe instead")
+    _fit_steps(values, own)
     named = values.get("codec")
     if method == "latent" and named is None:
         raise UserError(f"{where} names no codec; give --codec RUN of a first stage, or codec=pixels for none")
@@ -101,6 +110,84 @@ def load(
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return recipe
+
+
+def read_values(name_or_file: str) -> tuple[str, dict[str, Any]]:
+    """(where it is from, its settings) of a recipe: with those that a file inherits, and its method under `recipe`.
+
+    Raises:
+        UserError: as `source` and `read_yaml`; a file that names neither a recipe nor a method.
+    """
+    where, values, _ = _layers(name_or_file)
+    return where, values
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings, those `above` first. Conditions, and a group of another name or kind, replace what is below."""
+    result = dict(below)
+    for key, value in above.items():
+        under = below.get(key)
+        if key == "conditions" or not isinstance(value, Mapping) or not isinstance(under, Mapping):
+            result[key] = value
+        else:
+            other = any(mark in value and value[mark] != under.get(mark) for mark in ("name", "kind"))
+            result[key] = dict(value) if other else merged(under, value)
+    return result
+
+
+def _layers(name_or_file: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """(where it is from, all settings, those that are the user's own) of a recipe by name or file."""
+    where, text = source(name_or_file)
+    own = read_yaml(text, where)
+    if "method" in own:
+        method = own.pop("method")
+        if "recipe" in own:
+            raise UserError(f"{where}: recipe and method each say what is trained; leave one of them out")
+        if not isinstance(method, str) or method not in METHODS:
+            hint = nearest(str(method), METHODS)
+            raise UserError(f"{where}: method must be one of {', '.join(METHODS)}, got {method!r}{hint}")
+        values = {"recipe": method, **own}
+        return where, values, own if name_or_file.endswith((".yaml", ".yml")) else {}
+    base, known = own.get("recipe"), sorted({*names(), *METHODS})
+    if not isinstance(base, str) or base not in known:
+        raise UserError(f"{where}: recipe must be one of {', '.join(known)}, got {base!r}{nearest(str(base), known)}")
+    if base not in names() or _written_out(own):
+        return where, dict(own), own
+    below = {key: value for key, value in _layers(base)[1].items() if key != "description"}
+    own = {key: value for key, value in own.items() if key != "recipe"}
+    return where, merged(below, own), own
+
+
+def _written_out(values: Mapping[str, Any]) -> bool:
+    """Whether this is the config of an older run, which holds every setting though it names its method as a recipe."""
+    every = ("keep", "export", "validation_pictures", "ema.warmup", "optimizer.eps", "optimizer.clip_norm")
+    return all(_at(values, f"train.{key}") is not None for key in every)
+
+
+def _fit_steps(values: dict[str, Any], own: Mapping[str, Any]) -> None:
+    """Lower the numbers of sampling steps that nobody asked for to those that a short table of noise levels has, and
+    take those of a respacing spec from it."""
+    table, name = _at(values, "model.schedule.steps"), _at(values, "model.schedule.name")
+    spacing = _at(values, "model.sampling.schedule")
+    spaced = grids.spec_steps(spacing) if isinstance(spacing, str) else None
+    if values["recipe"] not in ("ddpm", "latent"):
+        return
+    if spaced is not None and _at(own, "train.sample_steps") is None:
+        _override_value(values, "train.sample_steps", spaced)
+    if name in CONTINUOUS or not isinstance(table, int) or isinstance(table, bool) or table < 1:
+        return
+    for key, usual in _STEPS.items():
+        steps = _at(values, key)
+        if _at(own, key) is None and (usual if steps is None else steps) > table:
+            _override_value(values, key, table)
+
+
+def _at(values: Mapping[str, Any], key: str) -> Any:
+    """What stands at a dotted key, None for nothing."""
+    inner: Any = values
+    for part in key.split("."):
+        inner = inner.get(part) if isinstance(inner, Mapping) else None
+    return inner
 
 
 def _take_data_of_codec(values: dict[str, Any]) -> None:

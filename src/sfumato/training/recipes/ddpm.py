@@ -24,6 +24,7 @@ from sfumato.systems.ddpm import DDPM, DDPMConfig, objective_from
 from sfumato.tasks.draw import draw
 from sfumato.training.config import TrainConfig
 from sfumato.training.data import Batch, DataConfig, PictureSet
+from sfumato.training.recipes.checks import refuse_idle, refuse_steps
 
 _DROPOUT = 0.1
 
@@ -69,6 +70,8 @@ class DDPMRecipe(Strict):
             self._refuse_what_needs_classes()
         model = DDPM.create(self.model_for(()), "meta")
         objective_from(self.objective).check(model.denoiser)
+        refuse_idle(self.objective, self.model.prediction, self.model.schedule)
+        refuse_steps(model, self.train)
 
     def _refuse_what_needs_classes(self) -> None:
         """Raise `UserError` for settings that would do nothing without classes."""

@@ -37,6 +37,7 @@ from sfumato.training.cache import LatentCache, full_precision
 from sfumato.training.config import TrainConfig
 from sfumato.training.data import Batch, DataConfig, PictureSet
 from sfumato.training.first_stage import codec_file
+from sfumato.training.recipes.checks import refuse_idle, refuse_steps
 from sfumato.training.recipes.conditions import ConditionRecipe, Frame, Seen, described, kinds_of
 
 PIXELS = "pixels"
@@ -93,7 +94,10 @@ class LatentRecipe(Strict):
         if stage.config.channels != self.data.channels:
             raise UserError(f"the codec takes {stage.config.channels} channels, data.channels is {self.data.channels}")
         outlines = described(kinds, self.frame(stage), None)
-        objective.check(Latent.create(self.model_for(stage, outlines), "meta").denoiser)
+        model = Latent.create(self.model_for(stage, outlines), "meta")
+        objective.check(model.denoiser)
+        refuse_idle(self.objective, self.model.prediction, self.model.schedule)
+        refuse_steps(model, self.train)
 
     def model_for(self, stage: CodecSystem, conditions: Mapping[str, Mapping[str, Any]]) -> LatentConfig:
         """The config of the model that this recipe trains; `conditions` is what its conditioners are built from."""
