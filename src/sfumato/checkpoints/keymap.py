@@ -106,6 +106,7 @@ class _Pattern:
     fields: tuple[str, ...]
 
     @classmethod
+    @cache
     def read(cls, text: str) -> _Pattern:
         parts = list(Formatter().parse(text))
         fields = tuple(name for _, name, _, _ in parts if name is not None)

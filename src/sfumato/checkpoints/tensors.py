@@ -165,7 +165,7 @@ class TensorFile:
         return float(self.read(name).item())
 
 
-_PIECE = 2**19  # numbers that are read and cast at a time
+_PIECE = 2**20  # numbers that are read and cast at a time
 _AHEAD = 8  # tensors that are being read while one is used
 _READERS = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="sfumato-read")
 
