@@ -653,13 +653,6 @@ def test_keys_that_would_do_nothing_are_refused(tmp_path: Path, overrides: list[
         load(tmp_path, text, *overrides)
 
 
-@pytest.mark.parametrize("name", ["autoencoder-kl", "autoencoder-vq", "clip"])
-def test_samples_that_are_not_drawn_take_no_steps(name: str) -> None:
-    assert recipes.load(name, ["data.size=64", "train.sample_steps=25"], ".").train.samples
-    with pytest.raises(UserError, match="train.sample_steps=3 does nothing here: the samples are "):
-        recipes.load(name, ["data.size=64", "train.sample_steps=3"], ".")
-
-
 def test_keys_that_do_something_or_have_their_default_are_taken(tmp_path: Path) -> None:
     text = "recipe: ddpm\ndata: {size: 16}\n"
     load(tmp_path, text, "objective.min_snr_gamma=3")

@@ -38,7 +38,6 @@ from sfumato.training.config import OptimizerConfig, TrainConfig
 from sfumato.training.data import Batch, DataConfig, PictureSet
 from sfumato.training.first_stage import codec_file
 from sfumato.training.perceptual import perceptual_loss
-from sfumato.training.recipes.checks import refuse_sample_steps
 
 _MEASURED = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")
 
@@ -184,7 +183,6 @@ class AutoencoderRecipe(Strict):
             raise UserError("model and codec each say what is trained; leave one of them out")
         if self.codec is None and self.noise:
             raise UserError("noise is for the decoder of a finished codec; name it with --codec, or leave noise out")
-        refuse_sample_steps(self.train, "reconstructions")
         stage = self.stage("meta")
         if stage.codec.network is None:
             raise UserError(f"{self.codec} has no decoder that could be trained")

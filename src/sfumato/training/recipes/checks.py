@@ -61,14 +61,6 @@ def refuse_idle(values: Mapping[str, Any], prediction: PredictionConfig, schedul
         )
 
 
-def refuse_sample_steps(train: TrainConfig, samples: str) -> None:
-    """Refuse, with a `UserError`, steps for samples that are not drawn step by step; `samples` says what they are."""
-    if train.sample_steps != TrainConfig().sample_steps:
-        raise UserError(
-            f"train.sample_steps={train.sample_steps} does nothing here: the samples are {samples}; leave it out"
-        )
-
-
 def refuse_steps(model: Drawing, train: TrainConfig) -> None:
     """Refuse numbers of sampling steps that the model's own sampler and schedule cannot take. Raises `UserError`."""
     own = model.config.sampling

@@ -29,7 +29,6 @@ from sfumato.systems.clip import CLIP, CLIPConfig, TowerConfig, vocabulary
 from sfumato.systems.config import Strict, parse
 from sfumato.training.config import TrainConfig
 from sfumato.training.data import Batch, DataConfig, PictureSet
-from sfumato.training.recipes.checks import refuse_sample_steps
 
 _TAGS, _STYLE = "tags", "style"
 _MOST_TAGS = 3
@@ -123,7 +122,6 @@ class CLIPRecipe(Strict):
             raise UserError("CLIP sees colour pictures; leave data.channels at 3")
         if self.train.batch // self.train.accumulate < 2:
             raise UserError("CLIP compares pictures within a batch; train.batch / train.accumulate must be at least 2")
-        refuse_sample_steps(self.train, "pictures with the captions found for them")
         CLIP.create(self.model_for(()), "meta")
 
     def model_for(self, known: Sequence[str]) -> CLIPConfig:
