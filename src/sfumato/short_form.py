@@ -93,20 +93,15 @@ class ModelPrediction(NamedTuple):
 
 
 class _Called(nn.Module):
-    """A network called as `Denoiser` calls networks: the article's `model(x, t, x_self_cond)`, or any `model(x, t)`.
-
-    An answer with the field `sample`, as diffusers' networks give, is that field.
-    """
+    """A network called as `Denoiser` calls networks: the article's `model(x, t, x_self_cond)`, or any `model(x, t)`."""
 
     def __init__(self, model: nn.Module, contract: _Contract) -> None:
         super().__init__()
         self.model, self.contract = model, contract
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor) -> Any:
         previous, x_t = x.chunk(2, dim=1) if self.contract.self_condition else (None, x)
-        out = self.model(x_t, t, previous) if self.contract.three else self.model(x_t, t)
-        found: Tensor = out if isinstance(out, Tensor) else out.sample
-        return found
+        return self.model(x_t, t, previous) if self.contract.three else self.model(x_t, t)
 
 
 class _Contract(NamedTuple):

@@ -91,7 +91,7 @@ def _of_model(file: Path, allow_pickle: bool) -> dict[str, Any]:
     parameters = sum(t.numel() for t in opened.system.tensors().values() if not t.is_meta)
     known |= {"weights": str(opened.path), "sha256": opened.sha256, "parameters": parameters}
     if opened.missing:
-        known["missing"] = missing_from(opened)
+        known["missing"] = _missing_from(opened)
     if opened.notes:
         known["notes"] = list(opened.notes)
     if opened.file is not None:
@@ -101,7 +101,7 @@ def _of_model(file: Path, allow_pickle: bool) -> dict[str, Any]:
     return known | config
 
 
-def missing_from(opened: Opened) -> list[str]:
+def _missing_from(opened: Opened) -> list[str]:
     """What a model lacks for drawing, in words."""
     from sfumato.systems.stable_diffusion import TITLES
 

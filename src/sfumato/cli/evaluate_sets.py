@@ -278,7 +278,6 @@ def _ruler_of(
         "data": str(data), **columns, "size": int(train.pictures.shape[-1]), "seed": seed,
         "judge": chosen.name, "judge_sha256": chosen.network.sha256,
         "clip": clip, "clip_sha256": sha256, "candidates": candidates if clip is not None else None,
-        **{name: columns[name] for name in ("fit", "upscale", "skip_bad")},
         "counts": {"train": len(train), **{name: len(rows) for name, rows in held_out.parts().items()}},
         "train_sha256": train.sha256, "held_out_sha256": held_out.sha256,
     }  # fmt: skip

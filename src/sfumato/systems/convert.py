@@ -84,9 +84,7 @@ def convert(
     """
     target = Path(target)
     check_target(target, to)
-    if dtype is not None and dtype not in DTYPES:
-        raise_unknown("dtype", dtype, DTYPES)
-    wanted = None if dtype is None else DTYPES[dtype]
+    wanted = _wanted(dtype)
     opened = open_system(
         source, allow_pickle=allow_pickle, prediction=prediction, averaged=averaged, vae=vae, dtype=wanted,
         incomplete=True,
@@ -128,9 +126,7 @@ def save(
     """
     target = Path(target)
     check_target(target, to, overwrite=overwrite)
-    if dtype is not None and dtype not in DTYPES:
-        raise_unknown("dtype", dtype, DTYPES)
-    wanted = None if dtype is None else DTYPES[dtype]
+    wanted = _wanted(dtype)
     twin: Drawing = type(system).create(system.config, "meta")  # type: ignore[arg-type]
     own, outlines = system.networks(), twin.networks()
     for name, outline in outlines.items():
@@ -143,6 +139,13 @@ def save(
     if (foreign := fingerprint.of(own).get(fingerprint.PROCESSORS)) is not None:
         odd.append(f"the attention processors that are not the library's own ({foreign}) are code, and are not saved")
     return Converted(len(twin.tensors()), {NO_PLACE: lost} if lost else {}, (*odd, *notes))
+
+
+def _wanted(dtype: str | None) -> torch.dtype | None:
+    """The type of that name, None for none."""
+    if dtype is not None and dtype not in DTYPES:
+        raise_unknown("dtype", dtype, DTYPES)
+    return None if dtype is None else DTYPES[dtype]
 
 
 def _typed(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
