@@ -46,13 +46,13 @@ def filled(make):
     return network.to(memory_format=torch.channels_last)
 """
 OURS = COMMON + """
-from sfumato.backends import registry, winograd
+from sfumato.backends import convolutions, registry
 from sfumato.backends.attention import chosen, using
 from sfumato.condition import Condition
 from sfumato.networks.unet_condition import UNet2DConditionConfig, UNet2DConditionModel
 network = filled(lambda: UNet2DConditionModel(UNet2DConditionConfig(sample_size=64, cross_attention_dim=768)))
 cpu, half = torch.device("cpu"), torch.bfloat16
-registry.engage("torch", {"network": network}, cpu, half, winograd.chosen(half, cpu))
+registry.engage("torch", {"network": network}, cpu, half, convolutions.chosen(half, cpu))
 from sfumato.diffusion.denoiser import Denoiser
 from sfumato.systems.config import ScheduleConfig
 denoiser = Denoiser(network, ScheduleConfig(name="scaled_linear").build())

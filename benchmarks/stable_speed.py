@@ -5,9 +5,10 @@
 All sides hold the same random weights of the published size and take turns in one process; who begins moves on every
 round. A step is what a program does between two latents: both branches of guidance in one call of the network, their
 mixture, one step of DDIM. Ours goes through the library's denoiser, guidance and solver; diffusers through its network
-and `DDIMScheduler`: in bfloat16 with channels-last (`nhwc`), in bfloat16 and in float32 as it comes. `openvino` is
-the network of diffusers converted by OpenVINO in bfloat16, driven the same way; `sfumato-openvino` our own path there.
-Prints the median seconds, what they are of the peers', and the share of the machine's own rate of bfloat16 products.
+and `DDIMScheduler`: in bfloat16 with channels-last (`nhwc`), in bfloat16 and in float32 as it comes, in float32 with
+channels-last. `sfumato` computes in bfloat16, `sfumato-fp32` in float32. `openvino` is the network of diffusers
+converted by OpenVINO in bfloat16, driven the same way; `sfumato-openvino` our own path there. Prints the median
+seconds, what they are of the peers', and the share of the machine's own rate of products in the type of the first side.
 `--errors` tells instead how far one call of the network in bfloat16 lies from float32, ours and diffusers'.
 """
 
@@ -35,11 +36,13 @@ from sfumato.diffusion.guidance import classifier_free
 from sfumato.diffusion.sample import sample
 from sfumato.diffusion.solvers import find
 from sfumato.random import NoiseSource
+from sfumato.systems.config import DTYPES
 from sfumato.tasks.bench import matmul_rate
 
 FAMILY, SCALE = "sd1", 7.5
 BEST, HALF, DEFAULT, FOREIGN = "diffusers-bf16-nhwc", "diffusers-bf16", "diffusers-fp32", "openvino"
-SIDES = ("sfumato", BEST, HALF, DEFAULT, FOREIGN, "sfumato-openvino")
+FULL, WIDE = "sfumato-fp32", "diffusers-fp32-nhwc"
+SIDES = ("sfumato", BEST, HALF, DEFAULT, FOREIGN, "sfumato-openvino", FULL, WIDE)
 Side = tuple[Callable[[], Any], Callable[[], Any]]
 """One guided step and one decoding."""
 
@@ -61,7 +64,7 @@ def ours(model: api.Model, one: dict[str, Tensor]) -> Side:
 
     @torch.no_grad()
     def step() -> Tensor:
-        with using(chosen(torch.bfloat16, torch.device("cpu"))):
+        with using(chosen(DTYPES[model.dtype], torch.device("cpu"))):
             return sample(denoise, solver, one["x"], levels, schedule, noise=noise)
 
     return step, lambda: model.system.pictures(one["x"])
@@ -156,15 +159,19 @@ def converted(unet: Any, vae: Any, one: dict[str, Tensor]) -> Side:
 def sides(names: list[str], size: int) -> dict[str, Side]:
     """Every side that is asked for, ready to run."""
     one, found = given(size), dict[str, Side]()
-    model = api.random_model(FAMILY, dtype="bfloat16")
+    model = api.random_model(FAMILY, dtype="float32" if all("fp32" in name for name in names) else "bfloat16")
     if "sfumato" in names:
         found["sfumato"] = ours(model, one)
+    if FULL in names:
+        whole = model if model.dtype == "float32" else api.random_model(FAMILY, dtype="float32")
+        found[FULL] = ours(whole, one)
     if "sfumato-openvino" in names:
         foreign = api.random_model(FAMILY, dtype="bfloat16", backend="openvino")
         found["sfumato-openvino"] = ours(foreign, one)
-    for name, dtype in ((BEST, torch.bfloat16), (HALF, torch.bfloat16), (DEFAULT, torch.float32)):
+    for name in (BEST, HALF, DEFAULT, WIDE):
         if name in names:
-            unet, vae = theirs(model, dtype, channels_last=name == BEST)
+            dtype = torch.float32 if "fp32" in name else torch.bfloat16
+            unet, vae = theirs(model, dtype, channels_last="nhwc" in name)
             found[name] = driven(*_calls(unet, vae), one, dtype)
     if FOREIGN in names:
         found[FOREIGN] = converted(*theirs(model, torch.float32), one)
@@ -222,7 +229,8 @@ def main() -> None:
     if args.errors:
         errors(args.size)
         return
-    rate, found = matmul_rate(torch.bfloat16, torch.device("cpu")), sides(args.sides, args.size)
+    kind = torch.float32 if "fp32" in args.sides[0] else torch.bfloat16
+    rate, found = matmul_rate(kind, torch.device("cpu")), sides(args.sides, args.size)
     times = {"step": measured(found, args.rounds, 0)}
     times["decode"] = measured(found, args.decodes, 1) if args.decodes else {}
     work = 1.606e12 * (args.size / 512) ** 2 if args.size == 512 else None

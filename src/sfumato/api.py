@@ -20,10 +20,10 @@ import torch
 from PIL import Image
 
 from sfumato import __version__, models
+from sfumato.backends import convolutions, registry
 from sfumato.backends import offload as offloading
-from sfumato.backends import registry, winograd
 from sfumato.backends.attention import chosen, using
-from sfumato.backends.devices import choose_device
+from sfumato.backends.devices import choose_device, native_bfloat16
 from sfumato.backends.fast import FastSettings, level
 from sfumato.checkpoints.formats import diffusers
 from sfumato.checkpoints.formats.families import Prediction, family_named
@@ -83,7 +83,7 @@ class Model:
         tiles: whether the codec works in tiles: auto (where memory is short), always, never.
         kernel: of attention, by name; auto for the fastest here, by a short measurement.
         backend: who computes the networks: torch, compile or openvino.
-        convolution: how torch computes 3x3 convolutions (`backends.winograd.ALGORITHMS`).
+        convolution: how torch computes 3x3 convolutions (`backends.convolutions.ALGORITHMS`).
         offload: which weights rest in the CPU's memory until they are needed (`backends.offload.WAYS`).
     """
 
@@ -432,11 +432,11 @@ class Model:
 
     def _convolution(self, asked: str) -> str:
         """How torch computes convolutions: as asked, else the fastest here. Raises `UserError` for an unknown way."""
-        if asked not in ("auto", *winograd.ALGORITHMS):
-            raise_unknown("way of convolving", asked, ["auto", *winograd.ALGORITHMS])
+        if asked not in ("auto", *convolutions.ALGORITHMS):
+            raise_unknown("way of convolving", asked, ["auto", *convolutions.ALGORITHMS])
         if self.backend != "torch":
             return "direct"
-        return winograd.chosen(DTYPES[self.dtype], self.device) if asked == "auto" else asked
+        return convolutions.chosen(DTYPES[self.dtype], self.device) if asked == "auto" else asked
 
     def _drawn(self, settings: Mapping[str, Any], how: dict[str, Any]) -> list[Image.Image]:
         """New pictures, with a second pass at a larger size where that was asked."""
@@ -789,13 +789,7 @@ def _fitting_dtype(path: Path, device: torch.device) -> str:
         return "float32"
     if device.type != "cpu":
         return "float16"  # which every GPU computes with natively
-    return "bfloat16" if native_bfloat16() else "float32"
-
-
-def native_bfloat16() -> bool:
-    """Whether the CPU computes with bfloat16 itself; where it is emulated float32 is faster."""
-    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call,unused-ignore]
-    return bool(available and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return "bfloat16" if native_bfloat16(device) else "float32"
 
 
 def _no_such_model(wanted: str) -> str:

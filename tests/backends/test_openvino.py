@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import sfumato
-from sfumato.api import native_bfloat16
 from sfumato.backends import openvino
+from sfumato.backends.devices import native_bfloat16
 from sfumato.backends.openvino import Programs, shrunk, state
 from sfumato.backends.registry import check, engage
 from sfumato.codecs.kl import KLCodec
@@ -30,7 +30,7 @@ from .. import tiny
 pytest.importorskip("openvino", reason="OpenVINO is not installed")
 
 CPU = torch.device("cpu")
-half = pytest.mark.skipif(not native_bfloat16(), reason="this CPU has no bfloat16")
+half = pytest.mark.skipif(not native_bfloat16(torch.device("cpu")), reason="this CPU has no bfloat16")
 
 
 def noise(seed: int, *shape: int) -> Tensor:

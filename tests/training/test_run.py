@@ -243,24 +243,52 @@ def test_more_steps_before_the_learning_rate_falls_are_as_from_the_start(tmp_pat
     assert all(torch.equal(left[n], right[n]) for n in left)
 
 
-def test_another_number_of_processes_is_told(tmp_path: Path, data: Path) -> None:
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        (
+            {"processes": 2},
+            "2 processes trained it until here and 1 from here on: the noise is not what it would have been, so this "
+            "run is not bit for bit one that never stopped",
+        ),
+        (
+            {"precision": "bf16"},
+            "it was trained in bf16 until here and is in fp32 from here on, which suits this device: this run is not "
+            "bit for bit one that never stopped",
+        ),
+    ],
+)
+def test_another_way_of_computing_is_told(changed: dict[str, Any], told: str, tmp_path: Path, data: Path) -> None:
     train(recipe(data), tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints" / "step-00000002"
     kept = json.loads((folder / "state.json").read_text())
-    assert (kept["processes"], kept["steps"]) == (1, 2)
-    (folder / "state.json").write_text(json.dumps(kept | {"processes": 2}))
+    assert (kept["processes"], kept["steps"], kept["precision"]) == (1, 2, "fp32")
+    (folder / "state.json").write_text(json.dumps(kept | changed))
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["state.json"] = {
         "bytes": (folder / "state.json").stat().st_size,
         "sha256": file_sha256(folder / "state.json"),
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    constant = recipe(data)
-    _, said = train(constant, tmp_path / "run")
-    assert [line for line in said if line.startswith("note: ")] == [
-        "note: 2 processes trained it until here and 1 from here on: the noise is not what it would have been, so this "
-        "run is not bit for bit one that never stopped"
-    ]
+    _, said = train(recipe(data), tmp_path / "run")
+    assert [line for line in said if line.startswith("note: ")] == [f"note: {told}"]
+
+
+@pytest.mark.parametrize(("asked", "native", "taken"), [
+    ("auto", True, "bf16"), ("auto", False, "fp32"), ("bf16", False, "bf16"), ("fp32", True, "fp32"),
+])  # fmt: skip
+def test_the_precision_that_suits_the_device(
+    asked: str, native: bool, taken: str, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("trainer", "run"):
+        monkeypatch.setattr(f"sfumato.training.{module}.native_bfloat16", lambda device: native)
+    _, said = train(recipe(data, precision=asked), tmp_path / "run")
+    assert any(line.endswith(f"on cpu, {taken}") for line in said)
+    assert any("only emulates bfloat16" in line for line in said) == (taken == "bf16" and not native)
+    kept = json.loads((tmp_path / "run" / "checkpoints" / "step-00000002" / "state.json").read_text())
+    assert kept["precision"] == taken
+    _, again = train(recipe(data, precision=asked, steps=3), tmp_path / "run")
+    assert not [line for line in again if "bit for bit" in line]
 
 
 def test_a_checkpoint_that_is_none(tmp_path: Path, data: Path) -> None:

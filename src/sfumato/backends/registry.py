@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sfumato.backends import compiled, offload, openvino, twins, winograd
+from sfumato.backends import compiled, convolutions, offload, openvino, twins
 from sfumato.backends.driven import Engine, drive, release
 from sfumato.errors import raise_unknown
 
@@ -77,7 +77,7 @@ def engage(
     Args:
         name: one of `BACKENDS`.
         networks: of a model by the names of its file ("network", "codec", …), on `device` and of `dtype`.
-        convolution: of `winograd.ALGORITHMS`, where torch computes; the others have their own.
+        convolution: of `convolutions.ALGORITHMS`, where torch computes; the others have their own.
         way: of `offload.WAYS`; but for "never" the networks lie in the CPU's memory.
 
     Raises:
@@ -90,13 +90,13 @@ def engage(
     for module, unit in parts(networks):
         release(module)
         twins.release(module)
-        winograd.release(module)
+        convolutions.release(module)
         if engine is not None:
             drive(module, engine, unit=unit, name=name)
             continue
         twins.engage(module)
         if convolution == "winograd":
-            winograd.engage(module)
+            convolutions.engage(module)
     offload.engage(networks, device, way)
 
 

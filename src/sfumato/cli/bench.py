@@ -45,8 +45,8 @@ def bench(
 ) -> None:
     """Time guided steps and the decoder, with memory, and the share of the machine's own rate that they reach."""
     import sfumato.backends.attention  # noqa: F401  (its kernels are known by name from here on)
+    from sfumato.backends import convolutions, registry
     from sfumato.backends import offload as offloading
-    from sfumato.backends import registry, winograd
     from sfumato.backends.devices import choose_device
     from sfumato.networks.attention import KERNELS
 
@@ -59,8 +59,8 @@ def bench(
             raise_unknown("dtype", name, (*DTYPES, "float16"))
     for name in backends:
         offloading.check(offload, choose_device(device), registry.chosen(name))
-    if convolution not in ("auto", *winograd.ALGORITHMS):
-        raise_unknown("way of convolving", convolution, ("auto", *winograd.ALGORITHMS))
+    if convolution not in ("auto", *convolutions.ALGORITHMS):
+        raise_unknown("way of convolving", convolution, ("auto", *convolutions.ALGORITHMS))
     for name in backends:
         if registry.chosen(name) != "torch" and profile:
             raise UserError(f"--profile is torch's and sees nothing of backend {name}; leave one of them out")

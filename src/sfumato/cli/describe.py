@@ -117,13 +117,12 @@ def doctor() -> None:
     import torch
 
     from sfumato import __version__, models
-    from sfumato.api import native_bfloat16
-    from sfumato.backends.devices import default_device
+    from sfumato.backends.devices import default_device, native_bfloat16
     from sfumato.systems import open_system
 
     print(f"sfumato {__version__}, Python {platform.python_version()}, {platform.platform()}")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, computes on {default_device()}")
-    bfloat16 = "runs natively" if native_bfloat16() else "is emulated, so float32 is faster"
+    bfloat16 = "runs natively" if native_bfloat16(torch.device("cpu")) else "is emulated, so float32 is faster"
     print(f"CPU: {torch.backends.cpu.get_cpu_capability()}; bfloat16 {bfloat16}")
     if importlib.util.find_spec("torchvision") is not None:
         print("torchvision is installed: Sfumato does not need it, and a build that does not match torch breaks others")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from sfumato.backends import attention, winograd
+from sfumato.backends import attention, convolutions
 from sfumato.backends.timing import least_seconds, peak_memory
 from sfumato.condition import Condition
 from sfumato.diffusion.level import NoiseLevel
@@ -150,7 +150,7 @@ def shares(model: Drawing, width: int, height: int, *, batch: int = 1, guided: b
 
 KINDS = {
     "attention": (attention.SCOPE, "scaled_dot_product", "flash_attention", "softmax", "bmm"),
-    "convolution": (winograd.SCOPE, "convolution", "conv2d", "conv_transpose"),
+    "convolution": (convolutions.SCOPE, "convolution", "conv2d", "conv_transpose"),
     "linear": ("addmm", "aten::mm", "linear", "mkldnn_linear"),
     "norm": ("native_group_norm", "native_layer_norm", "var_mean"),
 }

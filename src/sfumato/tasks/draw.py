@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from sfumato.backends import offload
+from sfumato.backends.convolutions import holding
 from sfumato.backends.fast import FastSettings, applied
-from sfumato.backends.winograd import holding
 from sfumato.conditioners.layout import Coordinates
 from sfumato.conditioners.shown import LowResolution, Masked, Shown
 from sfumato.diffusion import grid as grids

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfumato.backends.convolutions import holding
 from sfumato.backends.fast import FastSettings
-from sfumato.backends.winograd import holding
 from sfumato.conditioners.layout import Coordinates
 from sfumato.conditioners.shown import Depth, LowResolution, Masked, agreeing
 from sfumato.diffusion.grid import Grid

@@ -51,13 +51,16 @@ class TrainConfig(Strict):
         steps: optimizer steps.
         batch: pictures per optimizer step, all processes and accumulation together.
         accumulate: micro-batches per optimizer step.
-        precision: fp32, or bf16 / fp16 autocast.
+        precision: fp32, or bf16 / fp16 autocast; auto is bf16 where the device computes with it itself, else fp16 on a
+            GPU and fp32 on a CPU.
         seed: of weights, order, augmentation and noise.
         log_every, validate_every, sample_every, save_every: in optimizer steps; 0 switches validation or samples off.
         keep: checkpoints kept, at least 2 (the newest may be the one that a crash interrupts).
         samples: pictures in the sample grid. sample_steps: solver steps for each.
         validation_pictures: at most so many are measured.
         channels_last: memory layout of the network, faster on CPUs and GPUs alike.
+        convolution: of 3x3 kernels in fp32 on a CPU: winograd, with fewer products where that gains, or direct, by the
+            definition.
         gradient_checkpointing: less memory, about a third slower.
         compile: hand the network to torch's compiler, which takes minutes once and then makes steps faster; on a CPU it
             needs a C++ compiler. For networks that denoise.
@@ -67,7 +70,7 @@ class TrainConfig(Strict):
     steps: int = Field(default=20_000, ge=1)
     batch: int = Field(default=64, ge=1)
     accumulate: int = Field(default=1, ge=1)
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     seed: int = Field(default=0, ge=0, lt=2**63)
     log_every: int = Field(default=50, ge=1)
     validate_every: int = Field(default=1000, ge=0)
@@ -78,6 +81,7 @@ class TrainConfig(Strict):
     sample_steps: int = Field(default=25, ge=1)
     validation_pictures: int = Field(default=1024, ge=1)
     channels_last: bool = True
+    convolution: Literal["direct", "winograd"] = "winograd"
     gradient_checkpointing: bool = False
     compile: bool = False
     export: Literal["float32", "bfloat16", "float16"] = "float32"

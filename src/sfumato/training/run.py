@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from sfumato import models
+from sfumato.backends.devices import native_bfloat16
 from sfumato.checkpoints.io import explain_os_error, write_bytes
 from sfumato.errors import UserError
 from sfumato.systems import open_system
@@ -316,6 +317,11 @@ def _describe(
     parameters = sum(p.numel() for p in trainer.task.network.parameters())
     held_out = f", {len(validation):,} held out" if validation is not None else ""
     classes = f", {len(data.labels)} classes" if data.labels else ""
-    say(f"{len(data):,} pictures{held_out}{classes}; {parameters / 1e6:.2f} M parameters on {trainer.device}")
+    say(
+        f"{len(data):,} pictures{held_out}{classes}; {parameters / 1e6:.2f} M parameters on {trainer.device}, "
+        f"{trainer.precision}"
+    )
+    if trainer.precision == "bf16" and not native_bfloat16(trainer.device):
+        say("note: this device only emulates bfloat16, which is slow; train.precision=auto takes what suits it")
     if trainer.step < trainer.config.steps:
         say(str(trainer.estimate()))

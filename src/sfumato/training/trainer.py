@@ -26,8 +26,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sfumato.backends import convolutions
 from sfumato.backends.compiled import engage_in_training
-from sfumato.backends.devices import default_device
+from sfumato.backends.devices import default_device, native_bfloat16
 from sfumato.backends.timing import peak_memory
 from sfumato.checkpoints.io import load_strictly, replacing, write_model
 from sfumato.diffusion.densities import LossHistory
@@ -219,6 +220,20 @@ class Estimate:
         )
 
 
+def precision_for(asked: str, device: torch.device) -> str:
+    """What "auto" stands for on a device: bf16 where it computes with bfloat16 itself, else fp16 on a GPU and fp32 on a
+    CPU; any other precision is itself.
+
+    >>> precision_for("fp16", torch.device("cpu"))
+    'fp16'
+    """
+    if asked != "auto":
+        return asked
+    if native_bfloat16(device):
+        return "bf16"
+    return "fp32" if device.type == "cpu" else "fp16"
+
+
 class Trainer:
     """Trains a task into a run folder.
 
@@ -230,6 +245,7 @@ class Trainer:
 
     Attributes:
         step: how many are done.
+        precision: that it computes in, fp32, bf16 or fp16.
         changes: after `resume`, a sentence on each setting that makes this another run than one that never stopped.
     """
 
@@ -242,10 +258,13 @@ class Trainer:
         self.device = torch.device("cpu") if place.type == "cpu" else place  # to "cpu:0" tensors are copied every time
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         task.network.to(self.device).to(memory_format=layout)  # type: ignore[call-overload]
+        if config.convolution == "winograd":
+            convolutions.engage_in_training(task.network)
         if config.compile:
             self._compile()
         self.optimizer = self._optimizer()
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.precision = precision_for(config.precision, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.step, self.bad_steps, self.stop_asked = 0, 0, False
         self.changes: list[str] = []
         self._saved_step: int | None = None
@@ -301,7 +320,7 @@ class Trainer:
         self._restore_memory(others[_MEMORY], folder)
         if self.opponent is not None:
             self.opponent.restore(others[_OPPONENT[0]], others[_OPPONENT[1]], folder)
-        if self.config.precision == "fp16" and kept.state.get("scaler"):
+        if self.precision == "fp16" and kept.state.get("scaler"):
             self.scaler.load_state_dict(kept.state["scaler"])
         self.step = kept.state["step"]
         self.changes = self._changes_since(kept.state)
@@ -519,7 +538,8 @@ class Trainer:
 
     def _changes_since(self, then: Mapping[str, Any]) -> list[str]:
         """A sentence on each setting that may change from a checkpoint's state and makes this another run than one that
-        never stopped: the number of steps where the learning rate ends with them, and the number of processes."""
+        never stopped: the number of steps where the learning rate ends with them, the number of processes, and the
+        precision where the device chooses it."""
         notes, o = list[str](), self.config.optimizer
         steps, processes = then.get("steps", self.config.steps), then.get("processes", self.world)
         if steps != self.config.steps and o.schedule != "constant" and self.step > o.warmup + 1:
@@ -532,6 +552,11 @@ class Trainer:
             notes.append(
                 f"{processes} process{'es' * (processes > 1)} trained it until here and {self.world} from here on: the "
                 "noise is not what it would have been, so this run is not bit for bit one that never stopped"
+            )
+        if (before := then.get("precision", self.precision)) != self.precision:
+            notes.append(
+                f"it was trained in {before} until here and is in {self.precision} from here on, which suits this "
+                "device: this run is not bit for bit one that never stopped"
             )
         return notes
 
@@ -571,6 +596,7 @@ class Trainer:
             "torch": torch.__version__,
             "steps": self.config.steps,
             "processes": self.world,
+            "precision": self.precision,
         }
         if self.scaler.is_enabled():
             state["scaler"] = self.scaler.state_dict()
@@ -649,8 +675,8 @@ class Trainer:
         )
 
     def _autocast(self) -> torch.autocast:
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.precision]
-        return torch.autocast(self.device.type, dtype, enabled=self.config.precision != "fp32")
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
