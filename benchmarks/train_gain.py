@@ -1,11 +1,13 @@
 """Time of training steps in this tree against an earlier commit, both in one run.
 
-    python benchmarks/train_gain.py [--before COMMIT] [--rounds 8] [--only latent unet-bf16 unet-fp32] [--profile NAME]
+    python benchmarks/train_gain.py [--before COMMIT] [--rounds 8] [--only NAME …] [--profile NAME]
 
-Three steps are measured, on inputs that are made up here:
+Four steps are measured, those in bfloat16 only where it is asked for or the processor has it, on inputs that are made
+up here:
 
 latent     the trainer's own step of the recipe `emoji`: bfloat16, batch 32, latents 16 x 16 x 4, 17 text states of
            width 384, of which each text has some
+latent-fp32  the same in float32
 unet-bf16  `sfumato.Unet(dim=64, dim_mults=(1, 2, 4, 8))` in a user's loop, 64 pixels, batch 8: bfloat16 autocast,
            channels-last, clipping, Adam
 unet-fp32  the same as the first tutorials have it, float32 and weights as they are made
@@ -39,7 +41,7 @@ Step = Callable[[], float]
 # --- the steps, made in a worker -------------------------------------------------------------------------------------
 
 
-def latent_step() -> Step:
+def latent_step(precision: str) -> Step:
     """The trainer's step of the recipe `emoji`, on made-up latents and text states."""
     import torch
     import yaml
@@ -84,7 +86,7 @@ def latent_step() -> Step:
             yield Batch(torch.empty(0), None, None, torch.arange(size))
 
     folder = Path(tempfile.mkdtemp())
-    train = TrainConfig.model_validate(recipe["train"])
+    train = TrainConfig.model_validate(recipe["train"] | {"precision": precision})
     task: Any = Task()
     trainer, stream, tally = Trainer(task, train, folder, torch.device("cpu")), batches(), Tally()
     report = Reporter(folder, train.steps, 0, speaks=False)
@@ -110,8 +112,10 @@ def unet_step(*, bfloat16: bool) -> Step:
     return train_step.stepper(diffusion, pictures, bfloat16=bfloat16, channels_last=bfloat16)
 
 
+FLOAT32 = ("latent-fp32", "unet-fp32")
 STEPS: dict[str, Callable[[], Step]] = {
-    "latent": latent_step,
+    "latent": lambda: latent_step("bf16"),
+    "latent-fp32": lambda: latent_step("fp32"),
     "unet-bf16": lambda: unet_step(bfloat16=True),
     "unet-fp32": lambda: unet_step(bfloat16=False),
 }
@@ -199,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--before", default=BEFORE, metavar="COMMIT", help="the commit to compare with")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--only", nargs="+", choices=list(STEPS), default=list(STEPS))
+    parser.add_argument("--only", nargs="+", choices=list(STEPS), help="[those that the processor has the types for]")
     parser.add_argument("--profile", choices=list(STEPS), help="show where this tree's step spends its time instead")
     parser.add_argument("--work", choices=list(STEPS), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="where to write everything as JSON")
@@ -208,9 +212,14 @@ def main() -> None:
         return work(chosen.work)
     if chosen.profile:
         return profile(chosen.profile)
+    import torch
+
+    from sfumato.backends.devices import native_bfloat16
+
     with tempfile.TemporaryDirectory() as folder:
         trees = {EARLIER: sources(chosen.before, Path(folder)), NOW: ROOT / "src"}
-        found = {name: compare(name, trees, chosen.rounds) for name in chosen.only}
+        names = chosen.only or (STEPS if native_bfloat16(torch.device("cpu")) else FLOAT32)
+        found = {name: compare(name, trees, chosen.rounds) for name in names}
     if chosen.out:
         chosen.out.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -24,11 +24,15 @@ import torch
 from torch import Tensor, nn
 
 import sfumato
-from sfumato.backends.devices import native_bfloat16
 
 SIZE, BATCH = 64, 8
 NETWORK: dict[str, Any] = {"dim": 64, "dim_mults": (1, 2, 4, 8)}
 DIFFUSION: dict[str, Any] = {"image_size": SIZE, "timesteps": 1000, "objective": "pred_v", "beta_schedule": "sigmoid"}
+
+
+def native_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 itself."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def stepper(diffusion: nn.Module, pictures: Tensor, *, bfloat16: bool, channels_last: bool) -> Callable[[], float]:
@@ -63,7 +67,7 @@ def contestants(peer: Path) -> dict[str, Callable[[], float]]:
         network.load_state_dict(weights)
         return stepper(diffusion(network, **DIFFUSION), pictures, bfloat16=bfloat16, channels_last=channels_last)
 
-    native = native_bfloat16(torch.device("cpu"))
+    native = native_bfloat16()
     best = "bfloat16" if native else "float32"
     return {
         "peer, float32": made(their_unet, their_diffusion, bfloat16=False, channels_last=False),
@@ -100,8 +104,7 @@ def main() -> None:
         ratios = sorted(a / b for a, b in zip(seconds[name], seconds[ours], strict=True))
         print(f"ours is {statistics.median(ratios):.2f} x as fast as {name} ({ratios[0]:.2f} … {ratios[-1]:.2f})")
     if chosen.out:
-        native = native_bfloat16(torch.device("cpu"))
-        chosen.out.write_text(json.dumps({"native_bfloat16": native, "seconds": seconds}, indent=1) + "\n")
+        chosen.out.write_text(json.dumps({"native_bfloat16": native_bfloat16(), "seconds": seconds}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

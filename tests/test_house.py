@@ -49,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "tasks": BELOW_TASKS,
     "evaluation": BELOW_TASKS | {"tasks"},
     "training": BELOW_TASKS | {"tasks", "evaluation", "models"},
-    "short_form": {"diffusion", "networks", "random"},
+    "short_form": {"backends", "diffusion", "networks", "random"},
     "api": BELOW_API | {"__init__"},
     "replay": BELOW_API | {"__init__", "api"},
     "explain": BELOW_API | {"__init__", "api"},

@@ -209,11 +209,11 @@ class Learning:
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
-        self.conv, self.own = conv, own_forward(conv)
+        self.conv = conv
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self._gains(x):
-            own: Tensor = self.own(x)
+            own: Tensor = own_forward(self.conv)(x)
             return own
         out: Tensor = winograd.Convolution.apply(x, self.conv.weight, self.conv.bias)  # type: ignore[no-untyped-call]
         return out
