@@ -284,6 +284,12 @@ def _slopes(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {name: one.grad for name, one in network.named_parameters() if one.grad is not None}
 
 
+@pytest.fixture
+def little_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolutions, "LEAST_WORK", 32 * 64 * 72 * 64 * 9)  # of the learner's inner layer, 64 tiles
+
+
+@pytest.mark.usefixtures("little_work")
 def test_what_learns_has_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     network, x = _learner()
     exact, names = _slopes(network, x), list(network.state_dict())
@@ -300,11 +306,14 @@ def test_what_learns_has_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(torch.equal(exact[name], again) for name, again in _slopes(network, x).items())
 
 
-@pytest.mark.parametrize("why", ["few tiles", "no multiple of 4", "autocast", "float64", "an override"])
+@pytest.mark.usefixtures("little_work")
+@pytest.mark.parametrize("why", ["few tiles", "little work", "no multiple of 4", "autocast", "float64", "an override"])
 def test_what_of_learning_is_left_to_the_definition(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     network, x = _learner()
     if why == "few tiles":
         x = x[:3]
+    elif why == "little work":
+        monkeypatch.setattr(convolutions, "LEAST_WORK", convolutions.LEAST_WORK + 1)
     elif why == "no multiple of 4":
         x = x[..., :14].repeat(2, 1, 1, 1)
     elif why == "float64":

@@ -22,10 +22,9 @@ def default_device() -> torch.device:
 def native_bfloat16(device: torch.device) -> bool:
     """Whether a device computes with bfloat16 itself; where it is emulated float32 is faster, on a CPU up to a hundred
     times. Of a kind that torch tells nothing about, yes."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
-        return True
+        tells = getattr(getattr(torch, device.type, None), "is_bf16_supported", None)
+        return tells is None or bool(tells(including_emulation=False))
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call,unused-ignore]
         return False
     if platform.machine().lower() in ("x86_64", "amd64"):  # where oneDNN says yes to what it emulates, too

@@ -359,9 +359,9 @@ def _spread_four(d: tuple[Tensor, ...], out: tuple[Tensor, ...]) -> None:
     """`A d` with rows (1, 0, 0, 0), (1, 1, 1, 1), (1, -1, 1, -1), (1, 2, 4, 8), (1, -2, 4, -8), (0, 0, 0, 1). Those in
     the middle are sum and difference of the same two."""
     out[0].copy_(d[0])
-    for i, square in ((1, 1), (3, 4)):
-        torch.add(d[0], d[2], alpha=square, out=out[i])
-        torch.add(d[1], d[3], alpha=square, out=out[i + 1])
-        out[i].add_(out[i + 1], alpha=i - i // 2)
-        torch.sub(out[i], out[i + 1], alpha=2 * (i - i // 2), out=out[i + 1])
+    for i, times in ((1, 1), (3, 2)):
+        torch.add(d[0], d[2], alpha=times**2, out=out[i])
+        torch.add(d[1], d[3], alpha=times**2, out=out[i + 1])
+        out[i].add_(out[i + 1], alpha=times)
+        torch.sub(out[i], out[i + 1], alpha=2 * times, out=out[i + 1])
     out[5].copy_(d[3])
