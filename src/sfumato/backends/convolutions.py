@@ -8,7 +8,7 @@ everything else of them stay. Where weights are changed in place the transformed
 >>> x = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 >>> own = network(x)
 >>> engage(network)
->>> [fits(conv) for conv in network], bool(torch.allclose(network(x), own, atol=1e-5))
+>>> [fits(conv) for conv in network], bool(torch.allclose(network(x), own, atol=1e-4))
 ([False, True], True)
 >>> release(network)
 >>> torch.equal(network(x), own)
