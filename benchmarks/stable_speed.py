@@ -30,6 +30,7 @@ from torch import Tensor
 import sfumato
 from sfumato import api
 from sfumato.backends.attention import chosen, using
+from sfumato.backends.devices import native_bfloat16
 from sfumato.condition import Condition
 from sfumato.diffusion import grid as grids
 from sfumato.diffusion.guidance import classifier_free
@@ -222,13 +223,15 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--decodes", type=int, default=3)
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=["sfumato", BEST, HALF, DEFAULT])
+    parser.add_argument("--sides", nargs="+", choices=SIDES, help="[in bfloat16 where the processor has it]")
     parser.add_argument("--errors", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.errors:
         errors(args.size)
         return
+    native = native_bfloat16(torch.device("cpu"))
+    args.sides = args.sides or (["sfumato", BEST, HALF, DEFAULT] if native else [FULL, DEFAULT, WIDE])
     kind = torch.float32 if "fp32" in args.sides[0] else torch.bfloat16
     rate, found = matmul_rate(kind, torch.device("cpu")), sides(args.sides, args.size)
     times = {"step": measured(found, args.rounds, 0)}

@@ -24,6 +24,29 @@ def test_a_small_model(place: Path, succeed: Callable) -> None:
     assert told[0].startswith("cat-dog, 8 x 8, batch 1") and "of matmul" in told[1] and "float32" in told[2]
 
 
+@pytest.mark.parametrize(
+    ("native", "options", "measured"),
+    [
+        (True, (), ["float32 sdpa", "bfloat16 sdpa", "bfloat16 adaptive"]),
+        (False, (), ["float32 sdpa"]),  # a step in emulated bfloat16 would take minutes
+        (False, ("--dtype", "bfloat16"), ["bfloat16 sdpa", "bfloat16 adaptive"]),
+        (True, ("--kernel", "math"), ["float32 math", "bfloat16 math"]),
+    ],
+)
+def test_what_is_measured_without_being_asked(
+    native: bool, options: tuple[str, ...], measured: list[str], succeed: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def stand_in(given: list[str]) -> dict[str, str]:
+        asked.append(f"{given[given.index('--dtype') + 1]} {given[given.index('--kernel') + 1]}")
+        return {}
+
+    monkeypatch.setattr("sfumato.backends.devices.native_bfloat16", lambda device: native)
+    monkeypatch.setattr("sfumato.cli.bench._in_a_process", stand_in)
+    assert succeed("bench", *options, "--json").json == [{}] * len(measured) and asked == measured
+
+
 def test_memory_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = list[torch.device]()
     monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda device: (asked.append(device), 7)[1])

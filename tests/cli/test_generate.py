@@ -45,6 +45,17 @@ def test_a_model_of_the_box_is_told_by_its_name(succeed: Callable) -> None:
     assert told["sha256"] == file_sha256(models.weights(models.BEST)) and told["size"] == 64
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_a_type_that_is_only_emulated_is_told(
+    native: bool, place: Path, succeed: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sfumato.backends.devices.native_bfloat16", lambda device: native)
+    options = ("generate", "--model", MODEL, "--seed", 1, "--steps", 1, "--out", "a.png", "--overwrite")
+    told = "note: this device only emulates bfloat16, which is slow; --dtype auto takes what suits it"
+    assert (told in succeed(*options, "--dtype", "bfloat16").err) == (not native)
+    assert "bfloat16" not in succeed(*options).err
+
+
 def test_every_setting_is_in_the_picture(place: Path, succeed: Callable) -> None:
     succeed("generate", "--model", MODEL, "--seed", 9, "--steps", 4, "--sampler", "HEUN", "--schedule", "karras",
             "--guidance", 2.5, "--label", "Dog", "--dtype", "bfloat16", "--out", "a.png")  # fmt: skip

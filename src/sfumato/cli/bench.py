@@ -31,8 +31,8 @@ def bench(
     height: Side = None,
     batch: Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Pictures at once.")] = 1,
     steps: Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Steps of the picture that is told.")] = 25,
-    kernel: Annotated[list[str] | None, typer.Option(help="Attention kernels. [sdpa and adaptive]")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="Types. [float32 and bfloat16]")] = None,
+    kernel: Annotated[list[str] | None, typer.Option(help="Attention kernels. [all that suit the type]")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="Types. [float32; bfloat16 where the device has it]")] = None,
     backend: Annotated[list[str] | None, typer.Option(help="torch, compile, openvino. [torch]")] = None,
     convolution: Annotated[str, typer.Option(help="Of torch: auto, direct, winograd.")] = "auto",
     repeat: Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Timings of each part.")] = 3,
@@ -47,10 +47,11 @@ def bench(
     import sfumato.backends.attention  # noqa: F401  (its kernels are known by name from here on)
     from sfumato.backends import convolutions, registry
     from sfumato.backends import offload as offloading
-    from sfumato.backends.devices import choose_device
+    from sfumato.backends.devices import choose_device, native_bfloat16
     from sfumato.networks.attention import KERNELS
 
-    kernels, dtypes, backends = kernel or ["sdpa", "adaptive"], dtype or list(DTYPES), backend or ["torch"]
+    native = list(DTYPES) if native_bfloat16(choose_device(device)) else ["float32"]
+    kernels, dtypes, backends = kernel or ["sdpa"], dtype or native, backend or ["torch"]
     for name in kernels:
         if name not in KERNELS:
             raise_unknown("attention kernel", name, KERNELS)
@@ -78,12 +79,12 @@ def bench(
     shared += [] if height is None else ["--height", str(height)]
     shared += ["--batch", str(batch), "--repeat", str(repeat), "--device", device, *["--profile"] * profile]
     shared += [*["--allow-pickle"] * allow_pickle, "--convolution", convolution, "--offload", offload]
-    ways = [(by, name) for by in backends for name in (kernels[:1] if by == FOREIGN else kernels)]
-    found = [
-        _in_a_process([*shared, "--backend", by, "--kernel", name, "--dtype", kind])
-        for kind in dtypes
-        for by, name in ways
-    ]
+    found = []
+    for kind in dtypes:
+        more = ["adaptive"] if kernel is None and kind != "float32" else []  # for float32 it is sdpa
+        for by in backends:
+            for name in kernels[:1] if by == FOREIGN else [*kernels, *more]:
+                found.append(_in_a_process([*shared, "--backend", by, "--kernel", name, "--dtype", kind]))
     if as_json:
         print(json.dumps(found, indent=1))
         return

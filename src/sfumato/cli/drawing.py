@@ -171,6 +171,7 @@ def opened(
 ) -> Model:
     """Open the model, and say what a user should know of it."""
     from sfumato import api
+    from sfumato.backends.devices import native_bfloat16
 
     if prediction not in (None, "eps", "v"):
         raise_unknown("prediction", str(prediction), ["eps", "v"])
@@ -179,6 +180,8 @@ def opened(
         allow_pickle=allow_pickle, tiles=tiles, backend=backend, offload=offload,
     )  # fmt: skip
     tell_notes(found.notes)
+    if found.dtype == "bfloat16" and not native_bfloat16(found.device):
+        tell_notes(["this device only emulates bfloat16, which is slow; --dtype auto takes what suits it"])
     return found
 
 
