@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sfumato.backends import compiled
+from sfumato.backends import compiled, convolutions
 from sfumato.checkpoints.io import read_model
 from sfumato.diffusion.level import NoiseLevel
 from sfumato.diffusion.objective import Loss
@@ -162,6 +162,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, data: Path, n
             assert_equal(read_model(left).tensors, read_model(right).tensors)
     losses = [[line["loss"] for line in lines(tmp_path / run)] for run in ("straight", "halves")]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("name", ["plain", "everything", "recomputed"])
+def test_convolutions_with_fewer_products(
+    tmp_path: Path, data: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They learn what those by the definition do, up to rounding, and resume bit for bit."""
+    monkeypatch.setattr(convolutions, "LEAST_IN_TRAINING", 8)
+    monkeypatch.setattr(convolutions, "LEAST_WORK", 0)
+    test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, data, name)
+    direct = trainer_for(rich(data, RICH[name], steps=6, convolution="direct"), tmp_path / "direct")
+    assert not [m for m in direct.task.network.modules() if isinstance(vars(m).get("forward"), convolutions.Learning)]
+    direct.train()
+    own, fewer = everything(direct), everything(resumed(rich(data, RICH[name], steps=6), tmp_path / "straight"))
+    weights = [name for name in own if name.startswith("weights ")]
+    assert all(torch.allclose(own[name], fewer[name], atol=1e-4) for name in weights)
+    assert not all(torch.equal(own[name], fewer[name]) for name in weights)
 
 
 def test_importance_sampling_remembers_what_training_saw_and_validation_does_not_move(
