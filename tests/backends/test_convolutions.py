@@ -4,6 +4,8 @@ inside."""
 from __future__ import annotations
 
 import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -118,7 +120,7 @@ def test_changed_weights_are_seen() -> None:
     assert torch.equal(network(x), before)
 
 
-@pytest.mark.parametrize("why", ["gradients", "weights' gradients", "float64", "odd", "few pixels", "other size"])
+@pytest.mark.parametrize("why", ["gradients", "weights' gradients", "autocast", "odd", "few pixels", "other size"])
 def test_what_is_left_to_the_definition(why: str) -> None:
     network, x = _small()
     size = (30, 30) if why == "other size" else None
@@ -126,17 +128,20 @@ def test_what_is_left_to_the_definition(why: str) -> None:
         x.requires_grad_()
     elif why == "weights' gradients":
         network.requires_grad_()
-    elif why == "float64":
-        network, x = network.double(), x.double()
+    elif why == "autocast":
+        network, x = network.float(), x.float()
     elif why == "odd":
         x = x[..., :15]
     elif why == "few pixels":
         x = x[..., :8, :8]
     members = _engaged(network)
-    got = network(x, size)
+    with torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"):
+        got = network(x, size)
     made = _made(members)
     convolutions.release(network)
-    if why in ("odd", "few pixels"):  # of the first layer alone
+    if why == "autocast":
+        assert not made
+    elif why in ("odd", "few pixels"):  # of the first layer alone
         assert network.first not in made and got.shape == network(x).shape
     elif why == "other size":
         assert network.up not in made
@@ -181,7 +186,7 @@ def test_small_kernels_have_precedence_in_the_budget() -> None:
     network, x = _small()
     members = _engaged(network)
     store = members[0].store
-    sizes = sorted(one.bytes for one in members)
+    sizes = sorted(one.bytes(2) for one in members)
     store.budget = sum(sizes[:2])
     network(x)
     assert network.last not in _made(members) and len(_made(members)) == 2
@@ -230,14 +235,17 @@ def test_other_backends_convolve_in_their_own_way(monkeypatch: pytest.MonkeyPatc
     assert "forward" not in vars(network.first)
 
 
-def test_a_picture_tells_and_is_replayed_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_picture_tells_and_is_replayed_with_it(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(convolutions, "LEAST_CHANNELS", {torch.bfloat16: 8, torch.float32: 8})
     monkeypatch.setattr(convolutions, "LEAST_PIXELS", 4)
     file = tiny.write_tiny_model(tmp_path / "m.safetensors")
     calls: list[int] = []
     own = winograd.convolve
     monkeypatch.setattr(winograd, "convolve", lambda *given: calls.append(1) or own(*given))
-    model = sfumato.load(file, dtype="bfloat16", convolution="winograd")
+    model = sfumato.load(file, dtype=dtype, convolution="winograd")
     save_picture(model.generate(seed=1, label="cat")[0], tmp_path / "a.png")
     settings, drawn = read_settings(tmp_path / "a.png"), len(calls)
     assert settings["made_with"]["convolution"] == "winograd" and drawn > 0
@@ -245,7 +253,7 @@ def test_a_picture_tells_and_is_replayed_with_it(tmp_path: Path, monkeypatch: py
     assert not again.differences and len(calls) == 2 * drawn
     save_picture(again.picture, tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    direct = sfumato.load(file, dtype="bfloat16", convolution="direct").generate(seed=1, label="cat")[0]
+    direct = sfumato.load(file, dtype=dtype, convolution="direct").generate(seed=1, label="cat")[0]
     assert "convolution" not in direct.info["sfumato"]["made_with"]
 
 
@@ -254,6 +262,72 @@ def test_an_unknown_way_is_refused(tmp_path: Path) -> None:
         sfumato.load(tiny.write_tiny_model(tmp_path / "m.safetensors"), convolution="winnograd")
     refused = tiny.run("bench", "--convolution", "fft")
     assert refused.code == 2 and "unknown way of convolving 'fft'" in refused.err
+
+
+def test_two_threads_with_pictures_of_two_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, x = _small()
+    conv, large = network.last.float(), x.float().repeat(1, 1, 2, 2)
+    monkeypatch.setattr(convolutions, "LEAST_PIXELS_OF_SIX", 1024)
+    (member,) = _engaged(nn.Sequential(conv))
+    member.store.roomy = False
+    given = {"six": large, "four": large[..., :30].contiguous(), "other": large[..., :24, :].contiguous()}
+    alone = {name: conv(one) for name, one in given.items()}
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            found = [(name, pool.submit(conv, given[name])) for _ in range(20) for name in given]
+            assert all(torch.equal(one.result(), alone[name]) for name, one in found)
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_what_was_computed_without_gradients_does_not_stand_in_the_way() -> None:
+    network, x = _small()
+    network, x = network.float(), x.float()
+    _engaged(network)
+    with torch.inference_mode():
+        first = network(x)
+    assert torch.equal(network(x), first)
+    winograd.work.clear()
+    learner, y = _learner()
+    engage_in_training(learner)
+    with torch.inference_mode():
+        learner(y.repeat(8, 1, 1, 1))
+    learner(y.repeat(8, 1, 1, 1)).sum().backward()
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_transforms_of_torch_func_and_forward_differentiation(learns: bool) -> None:
+    network, x = _small()
+    conv, x = network.last.float(), torch.cat([x.float()] * 2, dim=1)[:, :192]
+    exact = conv(x)
+    (engage_in_training if learns else convolutions.engage)(nn.Sequential(conv))
+    mapped = torch.func.vmap(conv)(x[:, None])
+    assert torch.allclose(mapped[:, 0], exact, atol=1e-4)
+    value, slope = torch.func.jvp(conv, (x,), (x,))
+    assert torch.allclose(value, exact, atol=1e-4)
+    assert torch.allclose(slope + conv.bias[:, None, None], exact, atol=1e-4)
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_pictures_without_a_batch_and_none_at_all(learns: bool) -> None:
+    network, x = _small()
+    conv, x = network.last.float(), x.float()
+    exact = conv(x)
+    (engage_in_training if learns else convolutions.engage)(nn.Sequential(conv))
+    assert torch.allclose(conv(x[0]), exact[0], atol=1e-4)
+    assert conv(x[:0]).shape == (0, 256, 16, 16) and conv(x[:0, :, :4, :4]).shape == (0, 256, 4, 4)
+
+
+def test_a_network_is_written_and_read_whole(tmp_path: Path) -> None:
+    network, x = _small()
+    _engaged(network)
+    own = network(x)
+    torch.save(network, tmp_path / "network.pt")
+    again = torch.load(tmp_path / "network.pt", weights_only=False)
+    assert torch.equal(again(x), own) and torch.isfinite(again(x[..., :8, :8])).all()
+    assert (tmp_path / "network.pt").stat().st_size < 1.2 * sum(one.nbytes for one in network.parameters()) + 2**16
 
 
 # --- in training -----------------------------------------------------------------------------------------------------
@@ -292,9 +366,9 @@ def little_work(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("little_work")
 def test_what_learns_has_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     network, x = _learner()
-    exact, names = _slopes(network, x), list(network.state_dict())
+    exact, names, told = _slopes(network, x), list(network.state_dict()), repr(network)
     engage_in_training(network)
-    assert [m for m in network.modules() if isinstance(vars(m).get("forward"), Learning)] == [network.inner]
+    assert [m for m in network.modules() if isinstance(m, Learning)] == [network.inner] and repr(network) == told
     calls: list[int] = []
     own = winograd.transformed
     monkeypatch.setattr(winograd, "transformed", lambda *given: calls.append(1) or own(*given))
@@ -303,6 +377,7 @@ def test_what_learns_has_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(_error(slopes[name], exact[name].double()) < 1e-5 for name in exact)
     assert all(torch.equal(slopes[name], again) for name, again in _slopes(network, x).items())
     convolutions.release(network)
+    assert type(network.inner) is nn.Conv2d
     assert all(torch.equal(exact[name], again) for name, again in _slopes(network, x).items())
 
 
@@ -311,6 +386,7 @@ def test_what_learns_has_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_of_learning_is_left_to_the_definition(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     network, x = _learner()
     if why == "few tiles":
+        monkeypatch.setattr(convolutions, "LEAST_WORK", 0)
         x = x[:3]
     elif why == "little work":
         monkeypatch.setattr(convolutions, "LEAST_WORK", convolutions.LEAST_WORK + 1)
@@ -325,3 +401,35 @@ def test_what_of_learning_is_left_to_the_definition(why: str, monkeypatch: pytes
         engage_in_training(network)
         monkeypatch.setattr(winograd, "transformed", None)
         assert all(torch.equal(exact[name], again) for name, again in _slopes(network, x).items())
+
+
+def test_what_comes_out_may_be_changed_in_place(little_work: None) -> None:
+    network, x = _learner()
+    whole = nn.Sequential(network.into, network.inner, nn.ReLU(inplace=True), network.out)
+    exact = _slopes(whole, x)
+    engage_in_training(whole)
+    assert all(_error(slope, exact[name].double()) < 1e-5 for name, slope in _slopes(whole, x).items())
+
+
+def test_gradients_under_autocast_and_many_at_once(little_work: None) -> None:
+    network, x = _learner()
+    exact = _slopes(network, x)
+    engage_in_training(network)
+    network.zero_grad()
+    loss = network(x).square().mean()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss.backward()
+    assert all(_error(one.grad, exact[name].double()) < 1e-5 for name, one in network.named_parameters())
+    inner = network.inner(network.into(x))
+    many = torch.stack([torch.ones_like(inner), inner.detach()])
+    (batched,) = torch.autograd.grad(inner, network.inner.weight, many, is_grads_batched=True, retain_graph=True)
+    (last,) = torch.autograd.grad(inner, network.inner.weight, inner.detach())
+    assert _error(batched[1], last.double()) < 1e-5
+
+
+def test_a_replica_has_weights_of_its_own(little_work: None) -> None:
+    network, x = _learner()
+    engage_in_training(network)
+    twin = network.inner._replicate_for_data_parallel()
+    twin.weight, twin.bias = torch.zeros_like(network.inner.weight), torch.zeros(72)
+    assert not twin(network.into(x)).any() and network.inner(network.into(x)).any()

@@ -256,6 +256,11 @@ def test_more_steps_before_the_learning_rate_falls_are_as_from_the_start(tmp_pat
             "it was trained in bf16 until here and is in fp32 from here on, which suits this device: this run is not "
             "bit for bit one that never stopped",
         ),
+        (
+            {"convolution": "winograd"},
+            "its convolutions were computed by train.convolution=winograd until here and are by direct from here on: "
+            "this run is not bit for bit one that never stopped",
+        ),
     ],
 )
 def test_another_way_of_computing_is_told(changed: dict[str, Any], told: str, tmp_path: Path, data: Path) -> None:
@@ -289,6 +294,10 @@ def test_the_precision_that_suits_the_device(
     assert kept["precision"] == taken
     _, again = train(recipe(data, precision=asked, steps=3), tmp_path / "run")
     assert not [line for line in again if "bit for bit" in line]
+    other, now = ("fp32", "fp32") if asked == "auto" else ("auto", "bf16" if native else "fp32")
+    _, again = train(recipe(data, precision=other, steps=4), tmp_path / "run")
+    notes = [line for line in again if "bit for bit" in line]
+    assert len(notes) == (now != taken) and all(f"in {taken} until here and is in {now} from" in one for one in notes)
 
 
 def test_a_checkpoint_that_is_none(tmp_path: Path, data: Path) -> None:

@@ -21,10 +21,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.profiler import record_function
 
 from sfumato.backends import winograd
@@ -41,9 +43,9 @@ LEAST_CHANNELS = {torch.bfloat16: 192, torch.float16: 192, torch.float32: 96}
 LEAST_PIXELS, LEAST_PIXELS_OF_SIX = 256, 4096
 """Pixels of a picture below which the definition is as fast, for 16 matrices are then read for a handful of rows; and
 from which tiles of 6x6 are worth the memory of their kernels, where not all of a network's have room."""
-SHARE, LEAST_BUDGET = {2: 0.43, 4: 0.55}, 3 * 2**26
-"""Transformed kernels take at most this share of the network's own weights, by the bytes of a number, or so many
-numbers: all of Stable Diffusion 1 from 16 x 16 on has room in float32, and all of its decoder."""
+SHARE, LEAST_BUDGET = {2: 0.43, 4: 0.55}, {2: 2**28, 4: 3 * 2**28}
+"""Transformed kernels take at most this share of the network's own weights, by the bytes of a number, or so many bytes:
+all of Stable Diffusion 1 from 16 x 16 on has room in float32, and all of its decoder."""
 LEAST_IN_TRAINING, LEAST_WORK = 64, 600_000_000
 """Channels, and tiles of all pictures of a call, below which a step that learns gains nothing; and the operations of a
 call, by the definition."""
@@ -59,23 +61,24 @@ class Convolving:
     """
 
     def __init__(self, module: nn.Conv2d | Upsample2D, store: Store) -> None:
-        self.module, self.store, self.own = module, store, own_forward(module)
-        self.doubles = isinstance(module, Upsample2D)
+        self.module, self.store, self.doubles = module, store, isinstance(module, Upsample2D)
         self.forget()
         store.members.append(self)
 
     def __call__(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         possible = self._possible(x, size)
-        self.wanted = possible and self._worthwhile(x)
-        self.outputs = self._outputs(x)
-        kernels = self.store.kernels(self) if self.wanted else None
+        wanted = possible and self._worthwhile(x)
+        outputs = self._outputs(x) if wanted else 2
+        self.wanted, self.outputs = wanted, outputs
+        kernels = self.store.kernels(self, outputs) if wanted else None
         if kernels is not None:
             with record_function(SCOPE):
                 return (winograd.convolve_doubled if self.doubles else winograd.convolve)(x, kernels, self.conv.bias)
         if possible and self._unfolds(x):
             with record_function(SCOPE):
                 return winograd.convolve_unfolded(x, self.conv.weight, self.conv.bias)
-        out: Tensor = self.own(x) if size is None else self.own(x, size)
+        own = own_forward(self.module)
+        out: Tensor = own(x) if size is None else own(x, size)
         return out
 
     def _possible(self, x: Tensor, size: tuple[int, int] | None) -> bool:
@@ -87,7 +90,7 @@ class Convolving:
             return False
         if torch.is_grad_enabled() and any(one.requires_grad for one in (x, *conv.parameters())):
             return False
-        if torch.jit.is_tracing() or torch.compiler.is_compiling():  # type: ignore[attr-defined,no-untyped-call]
+        if x.dim() != 4 or len(x) == 0 or not _computes(x):
             return False
         return not self.doubles or size in (None, (2 * x.shape[2], 2 * x.shape[3]))
 
@@ -118,25 +121,19 @@ class Convolving:
         """Whether calls are computed so, and in tiles of so many outputs a side, until one has told."""
         self.wanted, self.outputs = True, 4 if self.conv.weight.dtype == torch.float32 else 2
 
-    def transformed(self) -> Tensor:
+    def transformed(self, outputs: int) -> Tensor:
         """The kernels of the weights as they are now."""
         weight = self.conv.weight.detach()
-        return winograd.transformed_doubled(weight) if self.doubles else winograd.transformed(weight, self.outputs)
+        return winograd.transformed_doubled(weight) if self.doubles else winograd.transformed(weight, outputs)
 
-    @property
-    def bytes(self) -> int:
-        """Of the transformed kernels."""
-        return self.bytes_of(self.outputs)
-
-    def bytes_of(self, outputs: int) -> int:
-        """The same, for tiles of so many outputs each way."""
+    def bytes(self, outputs: int) -> int:
+        """Of the transformed kernels, for tiles of so many outputs each way."""
         return (9 if self.doubles else (outputs + 2) ** 2) * self.conv.weight.nbytes // 9
 
-    @property
-    def state(self) -> tuple[int, int, int]:
+    def state(self, outputs: int) -> tuple[int, int, int]:
         """Changes when the weights are replaced or changed in place, and with the tiles."""
         weight = self.conv.weight
-        return weight.data_ptr(), 0 if weight.is_inference() else weight._version, self.outputs
+        return weight.data_ptr(), 0 if weight.is_inference() else weight._version, outputs
 
 
 class Store:
@@ -152,26 +149,32 @@ class Store:
         self.budget, self.members = budget, list[Convolving]()
         self._kept: dict[Convolving, tuple[tuple[int, int, int], Tensor]] = {}
 
-    def kernels(self, member: Convolving) -> Tensor | None:
-        """Of a member; None where the budget has no room for them."""
-        state, kept = member.state, self._kept.get(member)
-        if kept is None and self._taken(member) + member.bytes > self.budget:
+    def kernels(self, member: Convolving, outputs: int) -> Tensor | None:
+        """Of a member, for tiles of so many outputs each way; None where the budget has no room for them."""
+        state, kept = member.state(outputs), self._kept.get(member)
+        if kept is None and self._taken(member) + member.bytes(outputs) > self.budget:
             return None
         if kept is None or kept[0] != state:
-            kept = self._kept[member] = (state, member.transformed())
+            kept = self._kept[member] = (state, member.transformed(outputs))
         return kept[1]
 
     @cached_property
     def roomy(self) -> bool:
         """Whether it has room for the kernels of 6x6 tiles everywhere."""
-        return sum(one.bytes_of(4) for one in self.members) <= self.budget
+        return sum(one.bytes(4) for one in self.members) <= self.budget
 
     def _taken(self, member: Convolving) -> int:
         """Bytes of what is there and of what has precedence, unless its last call had no use for it."""
         size = member.conv.weight.nbytes
         return sum(
-            one.bytes for one in self.members if one in self._kept or (one.wanted and one.conv.weight.nbytes < size)
+            one.bytes(one.outputs)
+            for one in self.members
+            if one in self._kept or (one.wanted and one.conv.weight.nbytes < size)
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy makes its own."""
+        return vars(self) | {"_kept": {}}
 
     def clear(self) -> None:
         """Forget all of them."""
@@ -206,55 +209,71 @@ def engage(network: nn.Module) -> None:
     plain = [m for m in network.modules() if isinstance(m, nn.Conv2d) and fits(m) and m not in inside]
     weights = sum(parameter.nbytes for parameter in network.parameters())
     size = max((one.weight.element_size() for one in (*inside, *plain) if one is not None), default=4)
-    store = Store(max(LEAST_BUDGET * size, int(SHARE.get(size, 0) * weights)))
+    store = Store(max(LEAST_BUDGET.get(size, 0), int(SHARE.get(size, 0) * weights)))
     members = [*(Convolving(module, store) for module in doublings), *(Convolving(module, store) for module in plain)]
     for one in members:
         vars(one.module)["forward"] = one
 
 
-class Learning:
-    """Stands in the place of the `forward` of a convolution that learns.
+def _computes(x: Tensor) -> bool:
+    """Whether a call computes numbers in its own type, and nobody looks into it: it is not traced, compiled, imitated,
+    transformed by `torch.func`, differentiated forwards or under autocast."""
+    return not (
+        type(x) not in (Tensor, nn.Parameter)
+        or torch.is_autocast_enabled("cpu")
+        or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
-    Args:
-        conv: that `fits`.
-    """
 
-    def __init__(self, conv: nn.Conv2d) -> None:
-        self.conv = conv
+# --- learning --------------------------------------------------------------------------------------------------------
 
-    def __call__(self, x: Tensor) -> Tensor:
+
+class Learning(nn.Conv2d):
+    """A convolution that learns: what `engage_in_training` makes of those that fit."""
+
+    def _get_name(self) -> str:
+        return "Conv2d"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As every convolution's."""
         if not self._gains(x):
-            own: Tensor = own_forward(self.conv)(x)
-            return own
-        out: Tensor = winograd.Convolution.apply(x, self.conv.weight, self.conv.bias)  # type: ignore[no-untyped-call]
+            return super().forward(x)
+        out: Tensor = winograd.Convolution.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
         return out
 
     def _gains(self, x: Tensor) -> bool:
         """Whether this call can be computed in tiles, and there are enough of them for the transforms."""
-        weight = self.conv.weight
-        if x.device.type != "cpu" or (x.dtype, weight.dtype) != (torch.float32, torch.float32):
+        if x.device.type != "cpu" or (x.dtype, self.weight.dtype) != (torch.float32, torch.float32):
             return False
-        if torch.is_autocast_enabled("cpu") or torch.jit.is_tracing() or torch.compiler.is_compiling():  # type: ignore[attr-defined,no-untyped-call]
+        if x.dim() != 4 or not _computes(x):
             return False
         batch, _, height, width = x.shape
         tiles = batch * height * width // 16
-        worth = tiles >= LEAST_IN_TRAINING and 32 * tiles * weight.numel() >= LEAST_WORK
+        worth = tiles >= LEAST_IN_TRAINING and 32 * tiles * self.weight.numel() >= LEAST_WORK
         return worth and height % 4 == width % 4 == 0
 
 
 def engage_in_training(network: nn.Module) -> None:
     """Let the convolutions of a network that learns in float32 on a CPU be computed with fewer products, forwards and
-    backwards, where that gains: 1.2 to 2.2 times as fast where there is much to do."""
+    backwards, where that gains: 1.2 to 2.2 times as fast where there is much to do. Names and weights stay."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d) and fits(module, LEAST_IN_TRAINING) and "forward" not in vars(module):
-            vars(module)["forward"] = Learning(module)
+            module.__class__ = Learning
 
 
 def release(network: nn.Module) -> None:
     """Let them be computed by the definition again."""
     for module in network.modules():
-        if isinstance(vars(module).get("forward"), Convolving | Learning):
+        if isinstance(vars(module).get("forward"), Convolving):
             del vars(module)["forward"]
+        if type(module) is Learning:
+            module.__class__ = nn.Conv2d  # type: ignore[assignment]
+
+
+# --- what is kept ----------------------------------------------------------------------------------------------------
 
 
 @contextmanager

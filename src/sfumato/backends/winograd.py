@@ -64,7 +64,7 @@ def _transformed(weight: Tensor, g: Sequence[Sequence[float]]) -> Tensor:
     """One product of the kernels with `G` for rows and columns at once. In bfloat16 its numbers are powers of two, so
     that products are exact; those of other half types are reckoned in float32."""
     reckoned = weight.dtype if weight.dtype == torch.bfloat16 else torch.promote_types(weight.dtype, torch.float32)
-    both = torch.kron(*[torch.tensor(g, dtype=reckoned)] * 2)
+    both = torch.kron(*[torch.tensor(g, dtype=reckoned, device=weight.device)] * 2)
     count, channels = weight.shape[:2]
     kernels = weight.permute(0, 2, 3, 1).reshape(count, 9, channels)
     out = weight.new_empty(len(both), count, channels)
@@ -88,7 +88,8 @@ class _Workspace(threading.local):
         need = int(torch.Size(shape).numel())
         kept = self._kept.get(name)
         if kept is None or kept.numel() < need or kept.dtype != like.dtype:
-            kept = self._kept[name] = like.new_empty(need)
+            with torch.inference_mode(False):  # else calls outside it could not write there
+                kept = self._kept[name] = torch.empty(need, dtype=like.dtype, device=like.device)
         return kept[:need].view(shape)
 
     def clear(self) -> None:
@@ -110,16 +111,21 @@ def convolve(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
 
     Returns:
         (B, K, H, W) in channels-last memory.
+
+    Raises:
+        ValueError: where H or W are no such multiples.
     """
     batch, _, height, width = x.shape
     m = math.isqrt(len(kernels)) - 2
-    out = x.new_empty(batch, height, width, kernels.shape[1])
-    rows = x.permute(0, 2, 3, 1)
+    if height % m or width % m:
+        raise ValueError(f"{height} x {width} pixels are no whole number of {m} x {m} tiles")
+    out = _empty(x, kernels.shape[1], height, width)
+    rows, places = x.permute(0, 2, 3, 1), out.permute(0, 2, 3, 1)
     for b, top, n in _bands(batch, height // m, width // m):
         seen = _bordered(rows[b], m * top - 1, m * n + 2)
         products = _products(_tiles(seen, m), kernels, bias)
-        _gathered(products, out[b, m * top : m * (top + n)])
-    return out.permute(0, 3, 1, 2)
+        _gathered(products, places[b, m * top : m * (top + n)])
+    return out
 
 
 def convolve_doubled(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
@@ -134,13 +140,19 @@ def convolve_doubled(x: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
         (B, K, 2 H, 2 W) in channels-last memory.
     """
     batch, _, height, width = x.shape
-    out = x.new_empty(batch, 2 * height, 2 * width, kernels.shape[1])
-    rows = x.permute(0, 2, 3, 1)
+    out = _empty(x, kernels.shape[1], 2 * height, 2 * width)
+    rows, places = x.permute(0, 2, 3, 1), out.permute(0, 2, 3, 1)
     for b, top, n in _bands(batch, height, width):
         seen = _bordered(rows[b], top - 1, n + 2)
         products = _products(_doubled_tiles(seen), kernels, bias)
-        _gathered_doubled(products, out[b, 2 * top : 2 * (top + n)])
-    return out.permute(0, 3, 1, 2)
+        _gathered_doubled(products, places[b, 2 * top : 2 * (top + n)])
+    return out
+
+
+def _empty(x: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """For the output: in channels-last memory, and no view of anything, so that it may be changed in place."""
+    shape = (len(x), channels, height, width)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def convolve_unfolded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -158,7 +170,7 @@ def convolve_unfolded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     patches.copy_(seen.permute(0, 1, 2, 4, 5, 3))
     kernels = weight.permute(0, 2, 3, 1).reshape(-1, 9 * channels)
     out = F.linear(patches.view(-1, 9 * channels), kernels, bias)
-    return out.view(batch, height, width, -1).permute(0, 3, 1, 2)
+    return out.view(batch, height, width, len(weight)).permute(0, 3, 1, 2)
 
 
 def _bands(batch: int, height: int, width: int) -> Iterator[tuple[slice, int, int]]:
@@ -307,17 +319,18 @@ class Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Of what needs one. Those that are to have gradients themselves are torch's own."""
+        """Of what needs one. Those that are to have gradients themselves, and many at once, are torch's own."""
         (dy,), (x, weight) = grads, ctx.saved_tensors
         of_input, of_weight, of_bias = ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy):
             return _own_gradients(dy, x, weight, ctx.needs_input_grad)
-        turned = weight.flip(2, 3).transpose(0, 1)
-        return (
-            convolve(dy, transformed(turned, 4), None) if of_input else None,
-            weight_gradient(x, dy) if of_weight else None,
-            dy.sum((0, 2, 3)) if of_bias else None,
-        )
+        with torch.autocast("cpu", enabled=False):
+            turned = weight.flip(2, 3).transpose(0, 1)
+            return (
+                convolve(dy, transformed(turned, 4), None) if of_input else None,
+                torch.empty_like(weight).copy_(weight_gradient(x, dy)) if of_weight else None,
+                dy.sum((0, 2, 3)) if of_bias else None,
+            )
 
 
 def _own_gradients(dy: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
@@ -331,7 +344,7 @@ def weight_gradient(x: Tensor, dy: Tensor) -> Tensor:
     """The gradient of the kernels (K, C, 3, 3), from the input (B, C, H, W) and the output's gradient (B, K, H, W); H
     and W multiples of 4."""
     batch, channels, height, width = x.shape
-    count, g = dy.shape[1], torch.tensor(_KERNELS[4], dtype=x.dtype)
+    count, g = dy.shape[1], torch.tensor(_KERNELS[4], dtype=x.dtype, device=x.device)
     total = x.new_zeros(36, count, channels)
     rows, slopes = x.permute(0, 2, 3, 1), dy.permute(0, 2, 3, 1)
     for b, top, n in _bands(batch, height // 4, width // 4):

@@ -99,6 +99,7 @@ RESUMABLE_CHANGES = (
     "train.samples",
     "train.sample_steps",
     "train.export",
+    "train.convolution",
     "data.path",
     "data.cache_bytes",
     "description",

@@ -147,11 +147,13 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
-        if not _may_change(key) and old.get(key) != new.get(key)
+        if not _may_change(key, old.get(key), new.get(key)) and old.get(key) != new.get(key)
     ]
 
 
-def _may_change(key: str) -> bool:
+def _may_change(key: str, old: object, new: object) -> bool:
+    if key == "train.precision" and "auto" in (old, new):  # the checkpoint tells which it was
+        return True
     return any(key == free or key.startswith(f"{free}.") for free in RESUMABLE_CHANGES)
 
 

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sfumato.backends import convolutions
+from sfumato.backends import convolutions, winograd
 from sfumato.backends.compiled import engage_in_training
 from sfumato.backends.devices import default_device, native_bfloat16
 from sfumato.backends.timing import peak_memory
@@ -407,6 +407,7 @@ class Trainer:
                     report.say(f"stopped and saved at step {self.step}; the same command goes on from here")
             finally:
                 stream.close()
+                winograd.work.clear()
         self.wait_for_all()
 
     def wait_for_all(self) -> None:
@@ -538,8 +539,8 @@ class Trainer:
 
     def _changes_since(self, then: Mapping[str, Any]) -> list[str]:
         """A sentence on each setting that may change from a checkpoint's state and makes this another run than one that
-        never stopped: the number of steps where the learning rate ends with them, the number of processes, and the
-        precision where the device chooses it."""
+        never stopped: the number of steps where the learning rate ends with them, the number of processes, the
+        precision where the device chooses it, and the way of convolving."""
         notes, o = list[str](), self.config.optimizer
         steps, processes = then.get("steps", self.config.steps), then.get("processes", self.world)
         if steps != self.config.steps and o.schedule != "constant" and self.step > o.warmup + 1:
@@ -557,6 +558,11 @@ class Trainer:
             notes.append(
                 f"it was trained in {before} until here and is in {self.precision} from here on, which suits this "
                 "device: this run is not bit for bit one that never stopped"
+            )
+        if (before := then.get("convolution", "direct")) != self._convolution:
+            notes.append(
+                f"its convolutions were computed by train.convolution={before} until here and are by "
+                f"{self._convolution} from here on: this run is not bit for bit one that never stopped"
             )
         return notes
 
@@ -597,6 +603,7 @@ class Trainer:
             "steps": self.config.steps,
             "processes": self.world,
             "precision": self.precision,
+            "convolution": self._convolution,
         }
         if self.scaler.is_enabled():
             state["scaler"] = self.scaler.state_dict()
@@ -673,6 +680,12 @@ class Trainer:
         return Batches(
             self.task.data, config.batch // config.accumulate, config.seed, rank=self.rank, world_size=self.world
         )
+
+    @property
+    def _convolution(self) -> str:
+        """How convolutions that learn are computed here."""
+        fewer = any(isinstance(module, convolutions.Learning) for module in self.task.network.modules())
+        return "winograd" if fewer and (self.device.type, self.precision) == ("cpu", "fp32") else "direct"
 
     def _autocast(self) -> torch.autocast:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
