@@ -297,6 +297,7 @@ def test_what_was_computed_without_gradients_does_not_stand_in_the_way() -> None
     learner(y.repeat(8, 1, 1, 1)).sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # which torch itself calls for `jvp`
 @pytest.mark.parametrize("learns", [True, False])
 def test_transforms_of_torch_func_and_forward_differentiation(learns: bool) -> None:
     network, x = _small()
