@@ -85,12 +85,9 @@ class Convolving:
         """Whether this call can be computed otherwise than by the module. `size`: what a doubling is told to give."""
         if self.doubles and not _untouched(self.conv):
             return False
-        conv, weight = self.conv, self.conv.weight
-        if x.device.type != "cpu" or x.dtype != weight.dtype or x.dtype not in LEAST_CHANNELS:
+        if not _computes(x, self.conv.weight) or x.dtype not in LEAST_CHANNELS or len(x) == 0:
             return False
-        if torch.is_grad_enabled() and any(one.requires_grad for one in (x, *conv.parameters())):
-            return False
-        if x.dim() != 4 or len(x) == 0 or not _computes(x):
+        if torch.is_grad_enabled() and any(one.requires_grad for one in (x, *self.conv.parameters())):
             return False
         return not self.doubles or size in (None, (2 * x.shape[2], 2 * x.shape[3]))
 
@@ -215,11 +212,14 @@ def engage(network: nn.Module) -> None:
         vars(one.module)["forward"] = one
 
 
-def _computes(x: Tensor) -> bool:
-    """Whether a call computes numbers in its own type, and nobody looks into it: it is not traced, compiled, imitated,
-    transformed by `torch.func`, differentiated forwards or under autocast."""
+def _computes(x: Tensor, weight: Tensor) -> bool:
+    """Whether a call computes a batch of pictures on a CPU, in the weight's own type, and nobody looks into it: it is
+    not traced, compiled, imitated, transformed by `torch.func`, differentiated forwards or under autocast."""
     return not (
-        type(x) not in (Tensor, nn.Parameter)
+        x.device.type != "cpu"
+        or x.dtype != weight.dtype
+        or x.dim() != 4
+        or type(x) not in (Tensor, nn.Parameter)
         or torch.is_autocast_enabled("cpu")
         or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
         or torch.compiler.is_compiling()
@@ -246,9 +246,7 @@ class Learning(nn.Conv2d):
 
     def _gains(self, x: Tensor) -> bool:
         """Whether this call can be computed in tiles, and there are enough of them for the transforms."""
-        if x.device.type != "cpu" or (x.dtype, self.weight.dtype) != (torch.float32, torch.float32):
-            return False
-        if x.dim() != 4 or not _computes(x):
+        if not _computes(x, self.weight) or x.dtype != torch.float32:
             return False
         batch, _, height, width = x.shape
         tiles = batch * height * width // 16
