@@ -126,6 +126,7 @@ DAMAGED: list[tuple[str, Any, str]] = [
     ("guidance_interval", "abc", r"\(guidance_interval: "),
     ("guidance_interval", [1.0], r"\(guidance_interval: "),
     ("guidance_rescale", [1.0], r"\(guidance_rescale: "),
+    ("perp_neg", "a", r"\(perp_neg: "),
     ("opening", 3, r"\(opening: "),
     ("opening", {"vae": "/etc/passwd"}, r"\(opening.vae: "),
     ("opening", {"allow_pickle": True}, r"unknown key 'opening.allow_pickle'"),

@@ -63,7 +63,9 @@ WEIGHTS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 TILES = ("auto", "always", "never")
 
 # stored where on
-_SOMETIMES = ("guidance_rescale", "guidance_interval", "edit", "hires", "opening", "tiled", "fast", "backend")
+_SOMETIMES = (
+    "guidance_rescale", "guidance_interval", "perp_neg", "edit", "hires", "opening", "tiled", "fast", "backend",
+)  # fmt: skip
 _BATCH = 16  # pictures drawn together; each picture's noise is its own, so this changes nothing but memory
 _BATCH_PIXELS = 2**20  # … and at most so many pixels, but always one picture
 _LARGE = 2**28  # bytes of weights from which a model computes in bfloat16 where the machine does so natively
@@ -153,6 +155,7 @@ class Model:
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
         negative: str | None = None,
+        perp_neg: float | None = None,
         label: str | int | Sequence[str | int] | None = None,
         width: int | None = None,
         height: int | None = None,
@@ -175,6 +178,9 @@ class Model:
         Args:
             prompt: what to draw, for models that read text; or several, whose pictures follow one another.
             negative: what not to draw; guidance leads away from it.
+            perp_neg: weight of that part of the negative prompt which takes nothing from the prompt (Perp-Neg; usual
+                are 0.5 to 1; half as much work again). 0: the negative takes the empty prompt's place, as in Stable
+                Diffusion. None for the model's own.
             seed: of the first picture; picture i has `seed + i`. None draws one (it is in the settings).
             same_seed: every prompt's pictures begin again with `seed`, so that prompts can be compared.
             steps, sampler, schedule, guidance: None for the model's own defaults; `sampler` may be a `Solver`. Any
@@ -214,7 +220,7 @@ class Model:
         if way := towards is not None or towards_seed is not None:
             asked = _on_the_way(asked, towards, towards_seed, len(set(texts)) > 1 or variation is not None)
         self._refuse_what_does_not_apply(asked[0], width, height)
-        how = Guidance(guidance, guidance_rescale, guidance_interval)
+        how = Guidance(guidance, guidance_rescale, guidance_interval, perp_neg=perp_neg)
         settings = self._settings(steps, sampler, schedule, how, asked[0], width, height)
         settings |= _second_pass(self.system, hires, hires_strength, settings, words.get("map"))
         settings |= self._savings(fast, settings, sampler, how)
@@ -242,6 +248,7 @@ class Model:
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] | None = None,
         negative: str | None = None,
+        perp_neg: float | None = None,
         label: str | int | Sequence[str | int] | None = None,
         dialect: str | None = None,
         clip_skip: int | None = None,
@@ -283,7 +290,7 @@ class Model:
         words: dict[str, Any] = {"dialect": dialect, "clip_skip": clip_skip}
         each = count if same_seed else len(texts)
         asked = [Asked(text, negative, names[i % each % len(names)], **words) for i, text in enumerate(texts)]
-        how = Guidance(guidance, guidance_rescale, guidance_interval)
+        how = Guidance(guidance, guidance_rescale, guidance_interval, perp_neg=perp_neg)
         width, height = (side * enlarges for side in original.picture.size)
         self._refuse_what_does_not_apply(asked[0], width, height)
         settings = self._settings(steps, sampler, schedule, how, asked[0], width, height)
@@ -406,7 +413,8 @@ class Model:
             "schedule": settings["schedule"],
             "steps": settings["steps"],
             "guidance": Guidance(
-                settings["guidance"], settings.get("guidance_rescale", 0.0), tuple(interval) if interval else None
+                settings["guidance"], settings.get("guidance_rescale", 0.0), tuple(interval) if interval else None,
+                perp_neg=settings.get("perp_neg", 0.0),
             ),
             "fast": FastSettings.restored(settings["fast"]) if "fast" in settings else None,
             "tiled": settings.get("tiled", False),
@@ -503,6 +511,8 @@ class Model:
         if scale == 1 and (guidance.rescale or guidance.interval is not None):
             what = "rescaling" if guidance.rescale else "interval"
             raise UserError(f"the {what} of guidance does nothing where guidance is off (1); give --guidance above 1")
+        if guidance.perp_neg is not None and asked.negative is None:
+            raise UserError("the weight of a negative prompt does nothing without one; give --negative")
         settings = self._weights() | {
             "steps": choose_steps(self.system, spacing, steps),
             "sampler": find(chosen)[0].name if isinstance(chosen, str) else _name_of(self.system, chosen),
@@ -521,6 +531,9 @@ class Model:
         interval = guidance.interval if guidance.interval is not None else defaults.guidance_interval
         if interval is not None and scale != 1:
             settings["guidance_interval"] = list(interval)
+        weight = guidance.perp_neg if guidance.perp_neg is not None else defaults.perp_neg
+        if weight and asked.negative is not None:
+            settings["perp_neg"] = weight
         return settings
 
     def _weights(self) -> dict[str, Any]:

@@ -70,6 +70,17 @@ def test_equal_halves_are_computed_once_and_give_the_same(blocks: tuple[tuple[st
     assert torch.equal(network(**given), own)
 
 
+def test_equal_thirds_are_computed_once_too() -> None:
+    """Where a negative prompt is a branch of its own."""
+    network, x = _unet(), _given(3)["x"][:3]
+    given = {"x": torch.cat([x] * 3), "t": torch.full((9,), 500.0), "context": torch.randn(9, 5, 16)}
+    own = network(**given)
+    twins.engage(network)
+    out: list[Tensor] = []
+    assert set(_sizes(network, given, out).values()) == {3}
+    assert torch.allclose(out[0], own, atol=1e-5)
+
+
 def test_what_is_common() -> None:
     first, later = ([type(part) for part in common(_unet(blocks))] for blocks in (TEXTS_FIRST, TEXTS_LATER))
     assert first == [ResnetBlock2D, Attention]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from sfumato.condition import Condition
 from sfumato.diffusion.analytic import GaussianData
 from sfumato.diffusion.denoiser import TIME_1000, Denoiser, Prediction, edm_preconditioning
-from sfumato.diffusion.guidance import cfg_plus_plus, classifier_free, clip_x0, dynamic_threshold, unguided
+from sfumato.diffusion.guidance import cfg_plus_plus, classifier_free, clip_x0, dynamic_threshold, perp_neg, unguided
 from sfumato.diffusion.level import CLEAN, NoiseLevel
 from sfumato.diffusion.parameterization import Parameterization, V
 from sfumato.diffusion.sample import sample
@@ -244,6 +245,64 @@ def test_mismatched_conditions_are_refused(denoiser: Denoiser) -> None:
     guided = classifier_free(denoiser, conditions()[0], Condition(), 3.0)
     with pytest.raises(ValueError, match="only one fills 'labels'"):
         guided(pictures(), LEVEL, None)
+
+
+# --- Perp-Neg --------------------------------------------------------------------------------------------------------
+
+
+def negatives(batch: int = 2) -> Condition:
+    return Condition(labels=torch.full((batch,), 3))
+
+
+@pytest.mark.parametrize("level", [LEVEL, LINEAR.level(torch.tensor([400.0, 100.0]))], ids=["shared", "per picture"])
+@pytest.mark.parametrize("weight", [0.5, 1.0, 3.0])
+def test_perp_neg_is_its_definition(denoiser: Denoiser, level: NoiseLevel, weight: float) -> None:
+    """Armandpour 2023, picture by picture, batched and unbatched; the null comes first, the condition last."""
+    x, (condition, null) = pictures(), conditions()
+    without, with_, unwanted = (unguided(denoiser, c)(x, level, None).out for c in (null, condition, negatives()))
+    towards, away = with_ - without, unwanted - without
+    across = [n - (n * d).sum() / (d * d).sum() * d for n, d in zip(away, towards, strict=True)]
+    wanted = without + 4 * (towards - weight * torch.stack(across))
+    assert all(abs(float((a * d).sum())) < 1e-5 * float(d.norm()) for a, d in zip(across, towards, strict=True))
+    for batched in (True, False):
+        found = perp_neg(denoiser, condition, null, negatives(), 4.0, weight, batched=batched)(x, level, None)
+        assert torch.allclose(found.out, wanted, atol=2e-5)
+        assert torch.allclose(level.noise(found.x0, found.eps), x, atol=1e-4)
+        calls = [call["labels"].tolist() for call in denoiser.network.calls[-3:]]
+        assert calls[-1] == [4, 4, 3, 3, 0, 1] if batched else calls == [[4, 4], [3, 3], [0, 1]]
+
+
+def test_perp_neg_without_anything_to_lead_away_from_is_plain_guidance(denoiser: Denoiser) -> None:
+    """A weight of 0, a negative that is the null, and one that is the wanted condition itself."""
+    x, (condition, null) = pictures(), conditions()
+    plain = classifier_free(denoiser, condition, null, 4.0)(x, LEVEL, None)
+    for negative, weight in ((negatives(), 0.0), (null, 1.0), (condition, 1.0)):
+        assert same(perp_neg(denoiser, condition, null, negative, 4.0, weight)(x, LEVEL, None), plain, atol=2e-5)
+
+
+def test_perp_neg_leads_away_from_all_of_the_negative_where_nothing_is_wanted(denoiser: Denoiser) -> None:
+    x, (_, null) = pictures(), conditions()
+    found = perp_neg(denoiser, null, null, negatives(), 4.0, 0.5, batched=False)(x, LEVEL, None).out
+    without, unwanted = (unguided(denoiser, c)(x, LEVEL, None).out for c in (null, negatives()))
+    assert torch.allclose(found, without - 2 * (unwanted - without), atol=2e-5)
+
+
+@pytest.mark.parametrize("options", [{"rescale": 0.5}, {"interval": (0.01, 0.2)}, {"every": 2}], ids=str)
+def test_perp_neg_takes_what_guidance_takes(denoiser: Denoiser, options: dict[str, Any]) -> None:
+    """As `classifier_free` does of the same output: of a negative that is the null."""
+    x, (condition, null) = pictures(), conditions()
+    plain, perpendicular = (
+        classifier_free(denoiser, condition, null, 4.0, **options),
+        perp_neg(denoiser, condition, null, null, 4.0, **options),
+    )
+    for t in (400, 380, 100):
+        assert same(plain(x, LINEAR.level(t), None), perpendicular(x, LINEAR.level(t), None), atol=1e-4)
+
+
+@pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf")])
+def test_weights_of_perp_neg_that_mean_nothing_are_refused(denoiser: Denoiser, weight: float) -> None:
+    with pytest.raises(UserError, match="finite number of at least 0"):
+        perp_neg(denoiser, *conditions(), negatives(), 4.0, weight)
 
 
 # --- CFG++ -----------------------------------------------------------------------------------------------------------

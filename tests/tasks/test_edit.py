@@ -295,6 +295,9 @@ def test_a_picture_is_the_same_whoever_shares_its_batch(name: str, masked: bool)
         ("sd2-v", {"upscale": 1.5, "strength": 0.5}),
         ("sd2-depth", {"depth": True}),
         ("sd-x4-upscaler", {"noise_level": 5}),
+        ("sd1-inpainting", {"box": (8, 8, 30, 40), "perp_neg": 0.5}),
+        ("sd2-depth", {"depth": True, "perp_neg": 0.5}),
+        ("sd-x4-upscaler", {"perp_neg": 1}),
     ],
 )
 def test_an_edit_is_drawn_again_from_its_settings(name: str, given: dict[str, Any], tmp_path: Path) -> None:
@@ -322,6 +325,7 @@ def test_an_edit_is_drawn_again_from_its_settings(name: str, given: dict[str, An
     [
         {},
         {"clip_skip": 1, "dialect": "comfy"},
+        {"negative": "a fish, " * 40, "perp_neg": 0.5, "clip_skip": 1},
         {"variation": 9, "variation_strength": 0.3},
         {"towards": "a blue fish"},
         {"towards_seed": 8},

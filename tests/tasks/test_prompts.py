@@ -127,6 +127,41 @@ def test_guidance_leads_from_the_null_or_the_negative(model: api.Model) -> None:
     assert np.abs(array(itself) - array(plain)).max() <= 1
 
 
+def test_perp_neg_leads_away_from_what_is_not_the_prompts(model: api.Model) -> None:
+    """Its weight changes the picture; a negative that says what the prompt says takes nothing away; 0 is the plain."""
+    (plain,) = model.generate("red heart", seed=1, guidance=3)
+    drawn = [
+        model.generate("red heart", negative="blue fish", seed=1, perp_neg=weight)[0] for weight in (None, 0, 0.5, 1)
+    ]
+    assert drawn[0].tobytes() == drawn[1].tobytes() and len({p.tobytes() for p in [plain, *drawn]}) == 4
+    assert [told(p).get("perp_neg") for p in drawn] == [None, None, 0.5, 1]
+    (led,) = model.generate("red heart", negative="red heart", seed=1, perp_neg=1.0)
+    assert np.abs(array(led) - array(plain)).max() <= 1
+
+
+def test_pictures_without_a_negative_in_a_batch_are_led_plainly(model: api.Model) -> None:
+    both = [Asked("red heart"), Asked("red heart", negative="a fish")]
+    with_, alone = (
+        draw(model.system, seeds=[1] * len(asked), asked=asked, guidance=Guidance(3.0, perp_neg=1.0))
+        for asked in (both, both[:1])
+    )
+    assert torch.allclose(with_[0], alone[0], atol=1e-4) and not torch.allclose(with_[1], alone[0], atol=1e-2)
+
+
+def test_a_models_own_weight_of_the_negative(tmp_path: Path, model: api.Model) -> None:
+    """It acts where there is a negative, is stored as if it had been given, gives way to 0, and is replayed."""
+    sampling = {"sampler": "ddim", "steps": 3, "guidance": 3.0, "perp_neg": 0.5, "threshold": "none"}
+    file = write_latent(tmp_path / "own.safetensors", joint(), sampling=sampling)
+    own, words = sfumato.load(file, device="cpu"), {"negative": "blue fish", "seed": 1}
+    (drawn,), (off,) = own.generate("red heart", **words), own.generate("red heart", perp_neg=0, **words)
+    assert drawn.tobytes() == model.generate("red heart", perp_neg=0.5, **words)[0].tobytes()
+    assert off.tobytes() == model.generate("red heart", **words)[0].tobytes()
+    assert told(drawn)["perp_neg"] == 0.5 and "perp_neg" not in told(own.generate("red heart", seed=1)[0])
+    for name, picture in (("drawn.png", drawn), ("off.png", off)):
+        save_picture(picture, tmp_path / name)
+        assert replay(tmp_path / name, model=file).picture.tobytes() == picture.tobytes()
+
+
 def test_settings_are_stored_and_give_the_same_bytes(tmp_path: Path, file: Path, model: api.Model) -> None:
     pictures = model.generate(
         ["red heart", "blue fish"], count=2, seed=3, negative="a", label="dog", guidance=4.0, guidance_rescale=0.5,
@@ -197,6 +232,9 @@ def test_half_precision(file: Path, model: api.Model) -> None:
         ({"prompt": "red", "guidance_interval": (float("nan"), 1.0)}, "finite, rising"),
         ({"guidance": 3.0}, "needs a --label or a prompt"),
         ({"prompt": "red", "label": "cow"}, "unknown label 'cow'"),
+        ({"prompt": "red", "perp_neg": 0.5}, "does nothing without one; give --negative"),
+        ({"prompt": "red", "negative": "a", "perp_neg": -1}, "weight of the negative prompt must be a finite number"),
+        ({"prompt": "red", "negative": "a", "perp_neg": "much"}, "perp_neg must be a number"),
         ({"prompt": "red", "width": 7}, "width must be 8 to 4096 pixels, got 7"),
         ({"prompt": "red", "height": 5000}, "height must be 8 to 4096 pixels, got 5000"),
     ],
@@ -247,12 +285,13 @@ def test_the_command_takes_prompts(tmp_path: Path, file: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     done = tiny.succeed(
         "generate", "red heart", "blue fish", "--model", file, "--seed", 4, "--count", 2, "--out", "out",
-        "--negative", "a", "--guidance-rescale", 0.5, "--guidance-interval", "0.1,3", "--json",
+        "--negative", "a", "--guidance-rescale", 0.5, "--guidance-interval", "0.1,3", "--perp-neg", 0.7, "--json",
     )  # fmt: skip
     assert [Path(f).name for f in done.json["files"]] == ["4.png", "5.png", "6.png", "7.png"]
     settings = read_settings(tmp_path / "out" / "6.png")
     assert (settings["prompt"], settings["negative"], settings["seed"]) == ("blue fish", "a", 6)
-    assert (settings["guidance_rescale"], settings["guidance_interval"]) == (0.5, [0.1, 3.0])
+    assert [settings[f"guidance_{name}"] for name in ("rescale", "interval")] == [0.5, [0.1, 3.0]]
+    assert settings["perp_neg"] == 0.7
     tiny.succeed("replay", "out/6.png", "--model", file, "--out", "again.png")
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "out" / "6.png").read_bytes()
     tiny.succeed("generate", "red", "blue", "--model", file, "--seed", 4, "--sheet", "--out", "sheet.png")

@@ -1,10 +1,11 @@
-"""What both branches of guidance have in common is computed once.
+"""What the branches of guidance have in common is computed once.
 
-Guidance calls a network with every picture twice, once with its text and once without. Until the text comes in, at the
-first cross-attention, both halves of the batch are the same; in a UNet of Stable Diffusion the part before it holds one
-of five self-attentions over all pixels. `engage` lets the parts before the first cross-attention look whether the
-halves of what they are given are equal, compute one of them, and repeat the result. Where they are not equal, or
-looking costs as much as computing, the whole batch is computed.
+Guidance calls a network with every picture twice, once with its text and once without (three times where a negative
+prompt is a branch of its own). Until the text comes in, at the first cross-attention, both halves of the batch are the
+same; in a UNet of Stable Diffusion the part before it holds one of five self-attentions over all pixels. `engage` lets
+the parts before the first cross-attention look whether the halves (or thirds) of what they are given are equal, compute
+one of them, and repeat the result. Where they are not equal, or looking costs as much as computing, the whole batch is
+computed.
 
 >>> seen = []
 >>> part = nn.Sequential(nn.Identity()).eval()
@@ -45,34 +46,41 @@ class Once:
         self.module, self.least, self.own = module, least, own_forward(module)
 
     def __call__(self, x: Tensor, *args: Any, **slots: Any) -> Tensor:
-        if self._repeats(x, *args, *slots.values()):
-            one: Tensor = self.own(_half(x), *map(_half, args), **{name: _half(one) for name, one in slots.items()})
-            return torch.cat([one, one])
+        if (times := self._repeats(x, *args, *slots.values())) > 1:
+
+            def first(value: Any) -> Any:
+                return value.chunk(times)[0] if isinstance(value, Tensor) else value
+
+            one: Tensor = self.own(first(x), *map(first, args), **{name: first(one) for name, one in slots.items()})
+            return torch.cat([one] * times)
         out: Tensor = self.own(x, *args, **slots)
         return out
 
-    def _repeats(self, x: Tensor, *others: Any) -> bool:
-        """Whether all that is given is its first half twice, and may be halved."""
-        if x.numel() < self.least or len(x) % 2 or x.device.type != "cpu" or self.module.training:
-            return False
+    def _repeats(self, x: Tensor, *others: Any) -> int:
+        """How many times (2, 3, or 1) all that is given repeats its first part, where it may be taken apart."""
+        if x.numel() < self.least or (len(x) % 2 and len(x) % 3) or x.device.type != "cpu" or self.module.training:
+            return 1
         if torch.jit.is_tracing() or torch.compiler.is_compiling():  # type: ignore[attr-defined,no-untyped-call]
-            return False
+            return 1
         if isinstance(self.module, Attention) and type(self.module.processor) is not AttnProcessor:
-            return False
+            return 1
         if any(one is not None and not (isinstance(one, Tensor) and len(one) == len(x)) for one in others):
-            return False
+            return 1
         given = [x, *(one for one in others if one is not None)]
         if torch.is_grad_enabled() and any(one.requires_grad for one in (*given, *self.module.parameters())):
-            return False
-        return all(torch.equal(*one.chunk(2)) for one in given)
+            return 1
+        return next((times for times in (2, 3) if all(_repeats(one, times) for one in given)), 1)
 
 
-def _half(value: Any) -> Any:
-    return value.chunk(2)[0] if isinstance(value, Tensor) else value
+def _repeats(value: Tensor, times: int) -> bool:
+    if len(value) % times:
+        return False
+    first, *others = value.chunk(times)
+    return all(torch.equal(first, other) for other in others)
 
 
 def engage(network: nn.Module) -> None:
-    """Let the parts of a network before its first cross-attention compute equal halves once. Networks without
+    """Let the parts of a network before its first cross-attention compute what repeats once. Networks without
     cross-attention stay as they are: there the branches differ from the start."""
     if isinstance(network, UNet2DConditionModel):
         for part in common(network):

@@ -71,6 +71,12 @@ Interval = Annotated[
     typer.Option(metavar="LOW,HIGH", help="Noise-to-signal ratios between which guidance acts. [the model's own]"),
 ]
 Negative = Annotated[str | None, typer.Option(help="What not to draw, for models that read text.")]
+PerpNeg = Annotated[
+    float | None,
+    typer.Option(
+        parser=number(0), metavar="W", help="Of --negative, lead only from what is not the prompt's; 0: from all. [0]"
+    ),
+]
 Label = Annotated[
     list[str] | None,
     typer.Option(help="A class of the model (see `sfumato info`); several are taken in turn; all for every one."),

@@ -33,6 +33,7 @@ from sfumato.cli.drawing import (
     Offload,
     Out,
     Overwrite,
+    PerpNeg,
     Predicts,
     Previews,
     Prompts,
@@ -83,6 +84,7 @@ def edit(
     guidance_rescale: Rescale = 0.0,
     guidance_interval: Interval = None,
     negative: Negative = None,
+    perp_neg: PerpNeg = None,
     label: Label = None,
     dialect: Dialect = None,
     clip_skip: ClipSkip = None,
@@ -111,8 +113,8 @@ def edit(
         "outpaint": drawing.numbers(outpaint, "--outpaint", "L,T,R,B"), "strength": strength, "depth": depth,
         "upscale": upscale, "noise_level": noise_level, "count": count, "same_seed": same_seed, "steps": steps,
         "sampler": sampler, "schedule": schedule, "guidance": guidance, "guidance_rescale": guidance_rescale,
-        "guidance_interval": drawing.interval(guidance_interval), "negative": negative, "label": label,
-        "dialect": dialect, "clip_skip": clip_skip, "fast": fast,
+        "guidance_interval": drawing.interval(guidance_interval), "negative": negative, "perp_neg": perp_neg,
+        "label": label, "dialect": dialect, "clip_skip": clip_skip, "fast": fast,
     }  # fmt: skip
     notes = _check_pictures(picture, options, out)
     if model is None and not texts and _only_enlarges(options):

@@ -33,6 +33,7 @@ from sfumato.cli.drawing import (
     Offload,
     Out,
     Overwrite,
+    PerpNeg,
     Predicts,
     Previews,
     Prompts,
@@ -63,6 +64,7 @@ def generate(
     guidance_rescale: Rescale = 0.0,
     guidance_interval: Interval = None,
     negative: Negative = None,
+    perp_neg: PerpNeg = None,
     label: Label = None,
     width: Annotated[int | None, typer.Option(parser=whole(1), metavar="N", help="In pixels.")] = None,
     height: Annotated[int | None, typer.Option(parser=whole(1), metavar="N", help="In pixels.")] = None,
@@ -122,9 +124,10 @@ def generate(
     options: dict[str, Any] = {
         "count": count, "same_seed": same_seed, "steps": steps, "sampler": sampler, "schedule": schedule,
         "guidance": guidance, "guidance_rescale": guidance_rescale, "guidance_interval": span, "negative": negative,
-        "label": label, "width": width, "height": height, "dialect": dialect, "clip_skip": clip_skip,
-        "variation": variation, "variation_strength": variation_strength, "towards": towards, "layout": layout,
-        "towards_seed": towards_seed, "hires": hires, "hires_strength": hires_strength, "fast": fast, "map": classes,
+        "perp_neg": perp_neg, "label": label, "width": width, "height": height, "dialect": dialect,
+        "clip_skip": clip_skip, "variation": variation, "variation_strength": variation_strength, "towards": towards,
+        "towards_seed": towards_seed, "hires": hires, "hires_strength": hires_strength, "fast": fast,
+        "layout": layout, "map": classes,
     }  # fmt: skip
     drawing.tell_notes(opened.remarks(sampler))
     draw = partial(opened.generate, texts or None, seed=first, **options)

@@ -98,7 +98,9 @@ class Asked:
 
 
 _WHOLE = {"count", "seed", "steps", "width", "height", "clip_skip", "variation", "towards_seed", "noise_level"}
-_NUMBERS = {"guidance", "guidance_rescale", "variation_strength", "hires", "hires_strength", "strength", "upscale"}
+_NUMBERS = {
+    "guidance", "guidance_rescale", "perp_neg", "variation_strength", "hires", "hires_strength", "strength", "upscale",
+}  # fmt: skip
 _TEXTS = {"negative", "towards", "schedule", "dialect"}
 
 

@@ -306,6 +306,8 @@ class SamplingConfig(Strict):
         steps: how many.
         guidance: classifier-free guidance; 1 is off.
         guidance_interval: noise-to-signal ratios (low, high) within which it acts; None for all.
+        perp_neg: weight of that part of a negative prompt which takes nothing from the prompt (Armandpour 2023); 0: the
+            negative takes the null's place.
         start: what sampling begins with: marginal, noise of the first level's whole spread, `sqrt(alpha² + sigma²)`;
             or sigma, of its noise alone.
         threshold: what keeps x0 in range: static (clip), dynamic, or none (latents).
@@ -321,6 +323,7 @@ class SamplingConfig(Strict):
     steps: int = Field(default=50, ge=1)
     guidance: float = Field(default=1.0, ge=0)
     guidance_interval: tuple[float, float] | None = None
+    perp_neg: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     start: Literal["marginal", "sigma"] = "marginal"
     threshold: Literal["static", "dynamic", "none"] = "static"
     limit: float = Field(default=1.0, gt=0)

@@ -471,7 +471,7 @@ def _as_told(config: ConfigT, scheduler: Mapping[str, Any]) -> ConfigT:
     found = from_diffusers(scheduler)
     if any(from_diffusers(_scheduler(config, classes)[0]) == found for classes in (None, _FAITHFUL)):
         return config
-    kept = {name: getattr(config.sampling, name) for name in ("steps", "guidance", "guidance_interval")}
+    kept = {name: getattr(config.sampling, name) for name in ("steps", "guidance", "guidance_interval", "perp_neg")}
     learned = {"learned_variance": config.prediction.learned_variance}
     changed: dict[str, ScheduleConfig | PredictionConfig | SamplingConfig] = {
         "schedule": found.schedule,

@@ -23,16 +23,18 @@ from torch import Tensor
 from sfumato.backends import offload
 from sfumato.backends.convolutions import holding
 from sfumato.backends.fast import FastSettings, applied
+from sfumato.condition import Condition
 from sfumato.conditioners.layout import Coordinates
 from sfumato.conditioners.shown import LowResolution, Masked, Shown
 from sfumato.diffusion import grid as grids
 from sfumato.diffusion.guidance import (
     DenoiseFn,
     check_interval,
+    check_weight,
     classifier_free,
     clip_x0,
     dynamic_threshold,
-    unguided,
+    perp_neg,
 )
 from sfumato.diffusion.hooks import Hook, keep
 from sfumato.diffusion.level import NoiseLevel, expand
@@ -282,12 +284,15 @@ class Guidance:
         interval: noise-to-signal ratios (low, high) within which it acts (Kynkaanniemi 2024); None for the model's own,
             which mostly is all.
         every: it is reckoned anew in every so-many-th evaluation within, and kept between.
+        perp_neg: weight of that part of a negative prompt which takes nothing from the prompt (Armandpour 2023); 0: the
+            negative takes the null's place. None for the model's own.
     """
 
     scale: float | None = None
     rescale: float = 0.0
     interval: tuple[float, float] | None = None
     every: int = 1
+    perp_neg: float | None = None
 
     def __post_init__(self) -> None:
         if self.scale is not None and not (self.scale >= 0 and math.isfinite(self.scale)):
@@ -295,6 +300,8 @@ class Guidance:
         if not 0 <= self.rescale <= 1:
             raise UserError(f"the rescaling of guidance must lie in [0, 1], got {self.rescale}")
         check_interval(self.interval)
+        if self.perp_neg is not None:
+            check_weight(self.perp_neg)
 
 
 def guided_less(guidance: Guidance | float | None, fast: FastSettings | None) -> Guidance:
@@ -326,13 +333,15 @@ def guided(
     if scale != 1 and not (speaking or contrast):
         raise UserError("guidance needs a prompt or a label: without one there is nothing to guide towards")
     texts = model.networks().get("conditioner")
-    condition, null = guard.texts(lambda: model.conditions(asked, shown), texts, LOG.warning)
-    denoise = unguided(model.denoiser, condition)
+    weight = (how.perp_neg if how.perp_neg is not None else model.config.sampling.perp_neg) if contrast else 0.0
     interval = how.interval if how.interval is not None else model.config.sampling.guidance_interval
-    if scale != 1:
-        denoise = classifier_free(
-            model.denoiser, condition, null, scale, rescale=how.rescale, interval=interval, every=how.every
-        )
+    options: dict[str, Any] = {"rescale": how.rescale, "interval": interval, "every": how.every}
+    if scale != 1 and weight:
+        three = guard.texts(lambda: _three(model, asked, shown), texts, LOG.warning)
+        denoise = perp_neg(model.denoiser, *three, scale, weight, **options)
+    else:
+        condition, null = guard.texts(lambda: model.conditions(asked, shown), texts, LOG.warning)
+        denoise = classifier_free(model.denoiser, condition, null, scale, **options)
     denoise = guard.guarded(denoise, [model.denoiser.network], LOG.warning)
     range_ = model.config.sampling
     if range_.threshold == "none":
@@ -340,3 +349,14 @@ def guided(
     if range_.threshold == "static":
         return clip_x0(denoise, -range_.limit, range_.limit, rederive_eps=range_.rederive_eps)
     return dynamic_threshold(denoise, range_.quantile, range_.limit, rederive_eps=range_.rederive_eps)
+
+
+def _three(
+    model: Drawing, asked: Sequence[Asked], shown: Mapping[str, Sequence[Any]] | None
+) -> tuple[Condition, Condition, Condition]:
+    """What the pictures are to be, nothing, and what they are not to be; encoded together, so that all are as long."""
+    nothing = [Asked(dialect=one.dialect, clip_skip=one.clip_skip) for one in asked]
+    doubled = None if shown is None else {name: [*values, *values] for name, values in shown.items()}
+    wanted, unwanted = model.conditions([*asked, *nothing], doubled)
+    count = len(asked)
+    return wanted.rows(0, count), unwanted.rows(count, 2 * count), unwanted.rows(0, count)
