@@ -178,17 +178,14 @@ class Model:
         Args:
             prompt: what to draw, for models that read text; or several, whose pictures follow one another.
             negative: what not to draw; guidance leads away from it.
-            perp_neg: weight of that part of the negative prompt which takes nothing from the prompt (Perp-Neg; usual
-                are 0.5 to 1; half as much work again). 0: the negative takes the empty prompt's place, as in Stable
-                Diffusion. None for the model's own.
+            perp_neg: weight of what `negative` does not share with the prompt (Perp-Neg); 0 is off, None the model's.
             seed: of the first picture; picture i has `seed + i`. None draws one (it is in the settings).
             same_seed: every prompt's pictures begin again with `seed`, so that prompts can be compared.
             steps, sampler, schedule, guidance: None for the model's own defaults; `sampler` may be a `Solver`. Any
                 program's names will do (`sfumato samplers`, `sfumato schedules`); a sampler's may carry the schedule's.
             guidance_rescale: phi in [0, 1], pulls the spread of guided outputs back (Lin 2023).
             guidance_interval: noise-to-signal ratios (low, high) within which guidance acts; None for the model's own.
-            label: a class of a class-conditional model by its name or its place in `labels`, or several, which the
-                pictures take in turn; "all" is every class in turn; None leaves the class open.
+            label: a class by its name or its place in `labels`, or several in turn; "all" is each; None leaves it open.
             width, height: in pixels; None for the map's, else the model's own. Pixel-space models draw that only.
             dialect: how brackets and weights in prompts are read (a1111, comfy, compel, plain), for CLIP text towers.
             clip_skip: how many of the text tower's last layers are left out (0: none), of both prompts.
@@ -198,8 +195,7 @@ class Model:
             layout: boxes `{"label": …, "box": [x, y, width, height]}` in fractions of the picture, or their JSON file.
             map: a class for every pixel, a PNG with a palette or of grey values, for models that read maps.
             fast: lossy savings: a level (`backends.fast.LEVELS`, whose interval gives way to the one given) or savings.
-            on_step: hook of the sampling loop, `(x, level, prediction, noise) -> x`, for each batch called before its
-                first step, with no prediction (None), and after every step. None for `x` leaves it as it is.
+            on_step: hook `(x, level, prediction, noise) -> x` (`diffusion.hooks`), before the first and after each step.
             on_plan: told once, before the first step, how many steps there will be in all.
 
         Returns:

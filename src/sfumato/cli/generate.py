@@ -49,6 +49,14 @@ from sfumato.cli.drawing import (
 )
 from sfumato.cli.options import number, seed_number, whole
 
+Hires = Annotated[
+    float | None, typer.Option(parser=number(1), metavar="X", help="Enlarge by X and draw over it once more.")
+]
+HiresStrength = Annotated[
+    float | None,
+    typer.Option(parser=number(0), metavar="S", help="How far the second pass forgets the first, 0 to 1. [0.5]"),
+]
+
 
 def generate(
     prompt: Annotated[list[str] | None, typer.Argument(help="What to draw, for models that read text.")] = None,
@@ -82,13 +90,8 @@ def generate(
     towards_seed: Annotated[
         int | None, typer.Option(parser=seed_number, metavar="N", help="The same for a second seed.")
     ] = None,
-    hires: Annotated[
-        float | None, typer.Option(parser=number(1), metavar="X", help="Enlarge by X and draw over it once more.")
-    ] = None,
-    hires_strength: Annotated[
-        float | None,
-        typer.Option(parser=number(0), metavar="S", help="How far the second pass forgets the first, 0 to 1. [0.5]"),
-    ] = None,
+    hires: Hires = None,
+    hires_strength: HiresStrength = None,
     fast: Fast = None,
     layout: Annotated[
         Path | None, typer.Option(metavar="FILE.json", help="Labelled boxes, for models that read layouts.")
