@@ -195,7 +195,7 @@ class Model:
             layout: boxes `{"label": …, "box": [x, y, width, height]}` in fractions of the picture, or their JSON file.
             map: a class for every pixel, a PNG with a palette or of grey values, for models that read maps.
             fast: lossy savings: a level (`backends.fast.LEVELS`, whose interval gives way to the one given) or savings.
-            on_step: hook `(x, level, prediction, noise) -> x` (`diffusion.hooks`), before the first and after each step.
+            on_step: hook `(x, level, prediction, noise) -> x` (`diffusion.hooks`), before the first, after each step.
             on_plan: told once, before the first step, how many steps there will be in all.
 
         Returns:
