@@ -138,8 +138,9 @@ def test_a_codebook_learns_as_in_one_process(outs: dict[int, Path]) -> None:
     alone, together = (load_file(outs[world] / "codec-alone-0.safetensors") for world in (1, 2))
     assert int(alone["memory code_counts"].sum()) == 4 * 8 * 64
     assert torch.equal(alone["memory code_counts"], together["memory code_counts"])
+    # Adam divides a small gradient, and its rounding, by its own size: 2.0e-5 was met on AVX2
     for name in (n for n in alone if n.startswith(("weights ", "average "))):
-        torch.testing.assert_close(together[name], alone[name], rtol=0, atol=2e-5)
+        torch.testing.assert_close(together[name], alone[name], rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("world", [1, 2])
