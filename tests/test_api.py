@@ -250,6 +250,7 @@ def test_refused_when_opened(file: Path, options: dict[str, str], said: str) -> 
         ({"prompt": "a fox"}, "takes no prompt"),
         ({"prompt": ["a fox"]}, "takes no prompt"),
         ({"negative": ""}, "takes no negative prompt"),
+        ({"perp_neg": 0.5}, "does nothing without one; model .* does not read text"),
         ({"count": 0}, "count must be at least 1, got 0"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"steps": 0}, "steps must be at least 1, got 0"),

@@ -507,8 +507,9 @@ class Model:
         if scale == 1 and (guidance.rescale or guidance.interval is not None):
             what = "rescaling" if guidance.rescale else "interval"
             raise UserError(f"the {what} of guidance does nothing where guidance is off (1); give --guidance above 1")
-        if guidance.perp_neg is not None and asked.negative is None:
-            raise UserError("the weight of a negative prompt does nothing without one; give --negative")
+        if guidance.perp_neg and asked.negative is None:
+            reads = "give --negative" if "text" in self.system.reads else f"model {self.name} does not read text"
+            raise UserError(f"the weight of a negative prompt does nothing without one; {reads}")
         settings = self._weights() | {
             "steps": choose_steps(self.system, spacing, steps),
             "sampler": find(chosen)[0].name if isinstance(chosen, str) else _name_of(self.system, chosen),

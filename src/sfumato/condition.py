@@ -82,7 +82,7 @@ class Condition:
         )
 
     def stacked_on(self, first: Condition) -> Condition:
-        """One condition of twice the batch, `first`'s pictures before this one's (guidance in a single call).
+        """One condition of both batches, `first`'s pictures before this one's (guidance in a single call).
 
         Both must fill the same slots: a slot that only one of them fills raises `ValueError` naming it. Contexts of
         unequal length are padded to the longer (zeros, masked out), which needs the mask.

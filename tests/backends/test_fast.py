@@ -130,15 +130,16 @@ def test_whole_calls_change_no_bit_and_kept_features_of_the_same_input_neither(n
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("branches", [2, 3])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_conditional_half_takes_its_half(name: str) -> None:
+def test_the_conditional_branch_takes_its_part(name: str, branches: int) -> None:
     network = NETWORKS[name][0]()
-    x, slots = asked(name, 4, 0)
-    half = {slot: value[2:] for slot, value in slots.items()}
+    x, slots = asked(name, 2 * branches, 0)
+    part = {slot: value[-2:] for slot, value in slots.items()}
     with cached(network, every=4, depth=2) as cache:
         network(x, 9, **slots)
         whole = network(x, 9, **slots)
-        assert torch.allclose(network(x[2:], 9, **half), whole[2:], atol=1e-5)
+        assert torch.allclose(network(x[-2:], 9, **part), whole[-2:], atol=1e-5)
         assert torch.allclose(network(x, 9, **slots), whole, atol=1e-5)  # and all of it is still there
         assert (cache.whole_calls, cache.shallow_calls) == (2, 2)
 
@@ -253,6 +254,19 @@ def test_the_difference_is_kept_between() -> None:
     assert exact[1].rows == [4] * 5 and thrifty[1].rows == [4, 2, 2, 4, 2]
 
 
+def test_what_is_kept_is_the_difference_bit_for_bit() -> None:
+    """Older pictures are drawn again from it: `c + (w - 1) (c - n)` with the difference of the call before."""
+    denoiser = Denoiser(Recording(), TableSchedule(linear_alpha_bar()))
+    conditions = [Condition(labels=torch.tensor([0.1 * i, 0.7])) for i in (3, 1)]
+    x, at = torch.randn(2, 2, 8, 8, 8, generator=torch.Generator().manual_seed(0)), NoiseLevel.of(9, 0.6, 0.8)
+    guided = classifier_free(denoiser, *conditions, 7.3, every=2)
+    guided(x[0], at, None)
+    with_, without = (denoiser(torch.cat([x[0], x[0]]), at, conditions[0].stacked_on(conditions[1])).out.chunk(2)[i]
+                      for i in (1, 0))  # fmt: skip
+    after = denoiser(x[1], at, conditions[0]).out
+    assert torch.equal(guided(x[1], at, None).out, after + (7.3 - 1) * (with_ - without))
+
+
 def test_calls_are_counted_within_the_interval_alone() -> None:
     denoise, network = guided(2, (0.5, 2.0))
     for nsr in (9.0, 1.9, 1.0, 3.0, 0.7, 0.6, 0.1):
@@ -322,11 +336,12 @@ def test_levels_are_recorded_with_their_settings(number: int) -> None:
     assert model().redraw(picture.info["sfumato"]).tobytes() == picture.tobytes()
 
 
-def test_levels_save_more_and_more() -> None:
+@pytest.mark.parametrize("negative", [{}, {"negative": "a fish"}, {"negative": "a fish", "perp_neg": 0.5}], ids=str)
+def test_levels_save_more_and_more(negative: dict[str, Any]) -> None:
     work = []
     for fast in (None, *LEVELS):
         with FlopCounterMode(display=False) as counter:
-            model().generate("a heart", seed=1, steps=8, fast=fast)
+            model().generate("a heart", seed=1, steps=8, fast=fast, **negative)
         work.append(counter.get_total_flops())
     assert all(more > less for more, less in pairwise(work))
 

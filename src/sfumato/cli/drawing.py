@@ -74,7 +74,9 @@ Negative = Annotated[str | None, typer.Option(help="What not to draw, for models
 PerpNeg = Annotated[
     float | None,
     typer.Option(
-        parser=number(0), metavar="W", help="Of --negative, lead only from what is not the prompt's; 0: from all. [0]"
+        parser=number(0),
+        metavar="W",
+        help="Weight of what --negative does not share with the prompt (Perp-Neg); 0 is off. [the model's own]",
     ),
 ]
 Label = Annotated[

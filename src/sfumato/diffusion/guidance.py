@@ -77,8 +77,9 @@ def classifier_free(
         _check(interval, every)
         return unguided(denoiser, condition)
 
-    def lead(with_: Tensor, without: Tensor) -> Tensor:
-        return without + scale * (with_ - without)
+    def lead(with_: Tensor, without: Tensor) -> tuple[Tensor, Tensor]:
+        difference = with_ - without
+        return without + scale * difference, (scale - 1) * difference
 
     return _contrasted(
         denoiser, condition, [null], lead,
@@ -110,18 +111,20 @@ def perp_neg(
     Args:
         condition, null, negative: the wanted condition, nothing, and the unwanted one. A picture whose negative is the
             null is guided as by `classifier_free`.
-        scale: as there.
+        scale: as there, but 1 is not off: the negative is still led away from.
         weight: of the negative, at least 0 and finite; 0 is without it, 1 as strong as the wanted one.
-        rescale, interval, every, batched: as there.
+        rescale, interval, every: as there.
+        batched: evaluate all three in one call of three times the batch: null, negative, conditional.
 
     Raises:
         UserError: for what is no interval, `every` below 1, and a weight out of range.
     """
     check_weight(weight)
 
-    def lead(with_: Tensor, without: Tensor, unwanted: Tensor) -> Tensor:
+    def lead(with_: Tensor, without: Tensor, unwanted: Tensor) -> tuple[Tensor, Tensor]:
         towards = with_ - without
-        return without + scale * (towards - weight * _perpendicular(unwanted - without, towards))
+        out = without + scale * (towards - weight * _perpendicular(unwanted - without, towards))
+        return out, out - with_
 
     return _contrasted(
         denoiser, condition, [null, negative], lead,
@@ -133,14 +136,14 @@ def _perpendicular(value: Tensor, to: Tensor) -> Tensor:
     """Each picture's part of `value` (B, ...) that is perpendicular to `to`; all of it where that is zero."""
     dims = tuple(range(1, value.ndim))
     along, length = ((one.float() * to.float()).sum(dims, keepdim=True) for one in (value, to))
-    return value - (along / length.clamp(min=1e-30)).to(value.dtype) * to
+    return (value - along / length.clamp(min=1e-30) * to).to(value.dtype)
 
 
 def _contrasted(
     denoiser: Denoiser,
     condition: Condition,
     others: Sequence[Condition],
-    lead: Callable[..., Tensor],
+    lead: Callable[..., tuple[Tensor, Tensor]],
     *,
     rescale: float,
     channels: int | None,
@@ -148,7 +151,8 @@ def _contrasted(
     every: int,
     batched: bool,
 ) -> DenoiseFn:
-    """Guidance by whatever `lead` makes of the outputs under the condition and under each of the others."""
+    """Guidance by what `lead` makes of the outputs under the condition and under each of the others: the guided output,
+    and what that adds to the conditional one."""
     _check(interval, every)
     plain, more = unguided(denoiser, condition), _More(every)
 
@@ -161,8 +165,8 @@ def _contrasted(
             out = with_.out + known
         else:
             *without, with_ = _branches(denoiser, [*others, condition], x_t, level, previous_x0, batched)
-            out = lead(with_.out, *(one.out for one in without))
-            more.keep(out - with_.out if every > 1 else None, denoiser)
+            out, added = lead(with_.out, *(one.out for one in without))
+            more.keep(added, denoiser)
         if rescale:
             out = _rescaled(out, with_.out, rescale)
         if channels is not None:
@@ -212,9 +216,9 @@ class _More:
         self.left -= 1
         return self.value
 
-    def keep(self, value: Tensor | None, denoiser: Denoiser) -> None:
+    def keep(self, value: Tensor, denoiser: Denoiser) -> None:
         """Keep one for the calls after this."""
-        if value is not None:
+        if self.every > 1:
             self.value, self.left, self.weights = value, self.every - 1, _dtype_of(denoiser)
 
 

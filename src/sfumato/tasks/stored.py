@@ -147,7 +147,7 @@ class _Settings(_Typed, extra="ignore"):
     batch: _Batch
     guidance_rescale: float = Field(default=0.0, ge=-1e9, le=1e9)
     guidance_interval: Ratios | None = None
-    perp_neg: float = Field(default=0.0, ge=0, le=1e9)
+    perp_neg: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     edit: _Edit | None = None
     hires: _First | None = None
     opening: _Opening = _Opening()

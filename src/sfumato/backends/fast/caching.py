@@ -6,8 +6,8 @@ layers on the way up is kept, and between only these layers and those whose skip
 count of calls decides, not the time that they are asked at, so every solver will do; it begins anew where the size or
 the type of the input changes.
 
-Guidance asks about twice the pictures, null branch first. Where a call about the conditional half alone follows, it
-takes that half of what is kept.
+Guidance asks about twice the pictures (three times with a negative that is a branch of its own), the conditional branch
+last. Where a call about that alone follows, it takes its part of what is kept.
 
 >>> from sfumato.networks.unet_2d import UNet2DConfig, UNet2DModel
 >>> network = UNet2DModel(UNet2DConfig.from_dict({"block_out_channels": [32, 32], "layers_per_block": 1,
@@ -65,7 +65,7 @@ class Cache:
         x: Tensor = args[0]
         asked, self._rows = (x.shape[1:], x.dtype, x.device), len(x)
         kept = 0 if self._kept is None else len(self._kept)
-        fits = asked == self._asked and kept in (self._rows, 2 * self._rows)
+        fits = asked == self._asked and kept in (self._rows, 2 * self._rows, 3 * self._rows)
         self._shallow = fits and self.whole_calls >= FIRST and self._since + 1 < self.every
         self._since = self._since + 1 if self._shallow else 0
         self._asked = asked
