@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from statistics import mean
 
 import torch
 from PIL import Image
@@ -48,7 +49,7 @@ def main() -> None:
     chosen = parser.parse_args()
     judge = models.weights(chosen.clip) if chosen.clip in models.names() else chosen.clip
     model, clip = sfumato.load(chosen.model), open_as(CLIP, judge)
-    found, drawn, met, all_lost, all_gone = [], [], 0, 0.0, 0.0
+    found, drawn = [], []
     for pair in json.loads(chosen.pairs.read_text(encoding="utf-8")):
         words = [pair["prompt"], pair["unwanted"]]
         options = {"count": chosen.seeds, "seed": 0, "guidance": chosen.guidance}
@@ -57,13 +58,13 @@ def main() -> None:
         before, after = scores(clip, without, words), scores(clip, with_, words)
         lost, gone = before[0] - after[0], before[1] - after[1]
         good = gone > 0 and lost < gone / 2
-        met, all_lost, all_gone = met + good, all_lost + lost, all_gone + gone
         found.append(pair | {"wanted": [before[0], after[0]], "unwanted_score": [before[1], after[1]], "good": good})
         print(f"{pair['prompt']:14} not {pair['unwanted']:12} unwanted {before[1]:+.3f} -> {after[1]:+.3f}, "
               f"wanted {before[0]:+.3f} -> {after[0]:+.3f}  {'good' if good else 'NOT'}")  # fmt: skip
         drawn += without + with_
-    print(f"{met} of {len(found)} pairs as they should be; over all, the unwanted score falls by "
-          f"{all_gone / len(found):.3f}, the wanted one by {all_lost / len(found):.3f}")  # fmt: skip
+    lost, gone = (mean(one[key][0] - one[key][1] for one in found) for key in ("wanted", "unwanted_score"))
+    print(f"{sum(one['good'] for one in found)} of {len(found)} pairs as they should be; over all, the unwanted score "
+          f"falls by {gone:.3f}, the wanted one by {lost:.3f}")  # fmt: skip
     if chosen.out:
         chosen.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if chosen.sheet:

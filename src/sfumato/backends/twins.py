@@ -69,10 +69,10 @@ class Once:
         given = [x, *(one for one in others if one is not None)]
         if torch.is_grad_enabled() and any(one.requires_grad for one in (*given, *self.module.parameters())):
             return 1
-        return next((times for times in (2, 3) if all(_repeats(one, times) for one in given)), 1)
+        return next((times for times in (2, 3) if all(_same_parts(one, times) for one in given)), 1)
 
 
-def _repeats(value: Tensor, times: int) -> bool:
+def _same_parts(value: Tensor, times: int) -> bool:
     if len(value) % times:
         return False
     first, *others = value.chunk(times)
