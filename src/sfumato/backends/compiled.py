@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from sfumato.backends.driven import Engine, Forward, own_forward
 from sfumato.errors import UserError
@@ -22,7 +23,8 @@ def engine(device: torch.device, dtype: torch.dtype) -> Engine:
     return _forward
 
 
-_TEXTS = ("context", "context_mask")  # slots of a network, (B, L, …)
+_LENGTHS = 32
+"""Texts of a network that learns are made a multiple of so many tokens long."""
 
 
 @cache
@@ -44,9 +46,9 @@ def _check(device: torch.device, what: str) -> None:
 def engage_in_training(module: nn.Module) -> None:
     """Let the compiler compute a module's calls while it is trained.
 
-    Calls without gradients stay with torch: they are few, and would be compiled for themselves. Of all shapes only the
-    lengths of texts are left open, from the first call on: what a step computes must not depend on the shapes of those
-    before it, or a resumed run would not be the same.
+    Calls without gradients stay with torch: they are few, and would be compiled for themselves. Every shape is compiled
+    by itself: what a step computes must not depend on the shapes of those before it, or a resumed run would not be the
+    same. So that they are few, texts with a mask get masked tokens at their end.
 
     Raises:
         UserError: where nothing can be compiled.
@@ -58,12 +60,18 @@ def engage_in_training(module: nn.Module) -> None:
     def forward(*args: Any, **slots: Any) -> Any:
         if not (module.training and torch.is_grad_enabled()):
             return own(*args, **slots)
-        for name in _TEXTS:
-            if slots.get(name) is not None:
-                torch._dynamo.maybe_mark_dynamic(slots[name], 1)
-        return compiled(*args, **slots)
+        return compiled(*args, **_lengthened(slots))
 
     vars(module)["forward"] = forward
+
+
+def _lengthened(slots: dict[str, Any]) -> dict[str, Any]:
+    """The slots of a network with a text (B, L, D) and its mask (B, L) of a length that many have."""
+    context, mask = slots.get("context"), slots.get("context_mask")
+    if context is None or mask is None:
+        return slots
+    more = -context.shape[1] % _LENGTHS
+    return slots | {"context": pad(context, (0, 0, 0, more)), "context_mask": pad(mask, (0, more))}
 
 
 def _forward(module: nn.Module, unit: int) -> Forward:

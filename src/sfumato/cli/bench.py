@@ -65,7 +65,7 @@ def bench(
     for name in backends:
         if registry.chosen(name) != "torch" and profile:
             raise UserError(f"--profile is torch's and sees nothing of backend {name}; leave one of them out")
-    if kernel is not None and set(backends) == {FOREIGN}:
+    if kernel is not None and not one and set(backends) == {FOREIGN}:
         raise UserError(f"backend {FOREIGN} has an attention of its own; leave --kernel out")
     if model is not None and random is not None:
         raise UserError("--model and --random each say what is measured; give one of them")
