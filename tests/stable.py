@@ -37,7 +37,7 @@ def model(name: str = "sd1", seed: int = 0) -> Latent:
     return made
 
 
-def write(path: Path, name: str = "sd1", seed: int = 0) -> Path:
+def write(path: Path, name: str = "sd1", seed: int = 0, dtype: torch.dtype | None = None) -> Path:
     """Such a model as a single file."""
-    write_single_file(model(name, seed), path)
+    write_single_file(model(name, seed), path, dtype)
     return path

@@ -23,10 +23,11 @@ from sfumato import __version__, models
 from sfumato.backends import convolutions, registry
 from sfumato.backends import offload as offloading
 from sfumato.backends.attention import chosen, using
-from sfumato.backends.devices import choose_device, native_bfloat16
+from sfumato.backends.devices import choose_device, free_host_bytes, native_bfloat16
 from sfumato.backends.fast import FastSettings, level
 from sfumato.checkpoints.formats import diffusers
 from sfumato.checkpoints.formats.families import Prediction, family_named
+from sfumato.checkpoints.io import HALVES
 from sfumato.codecs.preview import LatentPreview
 from sfumato.conditioners.semantic import ClassMap
 from sfumato.diffusion.denoiser import Denoiser
@@ -122,10 +123,12 @@ class Model:
         self.backend, networks = registry.chosen(backend), self.system.networks()
         self.offload = offloading.chosen(offload, networks, self.device, DTYPES[self.dtype], self.backend)
         if offload == "auto" and self.offload != "never":
-            self.notes += (f"the memory that is free on {self.device} is short, so offload by {self.offload} is on",)
+            by = "half" if self.offload == "half" else f"by {self.offload}"
+            self.notes += (f"the memory that is free on {self.device} is short, so offload {by} is on",)
         home = self.device if self.offload == "never" else torch.device("cpu")
         for network in networks.values():
-            network.to(home, DTYPES[self.dtype])
+            if self.offload != "half":
+                network.to(home, DTYPES[self.dtype])
             network.to(memory_format=registry.BACKENDS[self.backend].memory_format)  # type: ignore[call-overload]
         self.convolution = self._convolution(convolution)
         registry.engage(self.backend, networks, self.device, DTYPES[self.dtype], self.convolution, self.offload)
@@ -440,7 +443,19 @@ class Model:
             raise_unknown("way of convolving", asked, ["auto", *convolutions.ALGORITHMS])
         if self.backend != "torch":
             return "direct"
-        return convolutions.chosen(DTYPES[self.dtype], self.device) if asked == "auto" else asked
+        if asked != "auto":
+            return asked
+        fastest = convolutions.chosen(DTYPES[self.dtype], self.device)
+        if fastest == "winograd" and self._short_for_kernels():
+            self.notes += ("the memory that is free is short, so convolutions are direct, which is slower",)
+            return "direct"
+        return fastest
+
+    def _short_for_kernels(self) -> bool:
+        """Whether the CPU's memory is too short for the transformed kernels of a network beside its activations."""
+        network, dtype = self.denoiser.network, DTYPES[self.dtype]
+        weights = sum(one.numel() for one in network.parameters()) * dtype.itemsize
+        return offloading.short(free_host_bytes(), min(convolutions.budget(network, dtype), 4 * weights), weights)
 
     def _drawn(self, settings: Mapping[str, Any], how: dict[str, Any]) -> list[Image.Image]:
         """New pictures, with a second pass at a larger size where that was asked."""
@@ -742,8 +757,9 @@ def load(
         backend: who computes the networks: auto (torch), torch, compile (torch.compile) or openvino (on the CPU).
         convolution: how torch computes 3x3 convolutions: auto (the fastest here, by a short measurement), direct or
             winograd.
-        offload: for a GPU with little memory: never (all weights are there), networks (text encoders, UNet and codec
-            come when they are called), blocks (UNet and codec block by block), or auto (by the memory that is free).
+        offload: where memory is short: never (all weights are there), for a GPU networks (text encoders, UNet and codec
+            come when they are called) and blocks (UNet and codec block by block), for a CPU half (weights that are
+            stored in 16 bits rest so and are widened where they are needed), or auto (by the memory that is free).
 
     Raises:
         UserError: in one sentence, when it cannot be opened.
@@ -756,11 +772,13 @@ def load(
     name = wanted if wanted in models.names() else Path(wanted).resolve().name.removesuffix(".safetensors")
     kind = _fitting_dtype(found, choose_device(device)) if dtype == "auto" else dtype
     registry.check(backend, choose_device(device), DTYPES[kind])
-    offloading.check(offload, choose_device(device), registry.chosen(backend))
+    offloading.check(offload, choose_device(device), registry.chosen(backend), DTYPES[kind])
     stage = first_stage_of(vae) if vae is not None else None
+    halves = offload == "half" or (offload == "auto" and _may_rest_in_half(found, choose_device(device), kind))
     opened = open_system(
-        found, allow_pickle=allow_pickle, prediction=prediction, averaged=averaged, vae=stage, dtype=DTYPES[kind]
-    )
+        found, allow_pickle=allow_pickle, prediction=prediction, averaged=averaged, vae=stage,
+        dtype=HALVES if halves else DTYPES[kind],
+    )  # fmt: skip
     return Model(
         opened, name, device=device, dtype=kind, tiles=tiles, kernel=kernel, backend=backend, convolution=convolution,
         offload=offload,
@@ -792,10 +810,23 @@ def random_model(
     )  # fmt: skip
 
 
+def _stored_bytes(path: Path) -> int:
+    """Of all weights in a file or folder."""
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return sum(p.stat().st_size for p in files if p.suffix in WEIGHTS)
+
+
+def _may_rest_in_half(path: Path, device: torch.device, dtype: str) -> bool:
+    """Whether weights would be wider than stored, if they have 16 bits there, and memory may be too short for that."""
+    if device.type != "cpu" or dtype != "float32":
+        return False
+    wide = 2 * _stored_bytes(path)
+    return offloading.short(free_host_bytes(), wide, wide)
+
+
 def _fitting_dtype(path: Path, device: torch.device) -> str:
     """Half precision for a large model where the device computes with it natively, else float32."""
-    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    if sum(p.stat().st_size for p in files if p.suffix in WEIGHTS) < _LARGE:
+    if _stored_bytes(path) < _LARGE:
         return "float32"
     if device.type != "cpu":
         return "float16"  # which every GPU computes with natively

@@ -10,7 +10,7 @@ import copy
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import cache, partial
+from functools import cache, partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import sfumato
 from sfumato import explain
 from sfumato.api import Model
-from sfumato.backends import compiled, offload, registry
+from sfumato.backends import compiled, convolutions, offload, registry
 from sfumato.backends.driven import Forward, own_forward
 from sfumato.backends.fast import FastSettings
 from sfumato.backends.offload import (
@@ -174,14 +174,14 @@ def test_auto_on_the_cpu_is_never() -> None:
 @pytest.mark.parametrize("way", ["networks", "blocks"])
 def test_what_cannot_be_had_is_refused(tmp_path: Path, way: str) -> None:
     path = tiny.write_tiny_model(tmp_path / "m.safetensors")
-    with pytest.raises(UserError, match="^offload is for a GPU; on the CPU"):
+    with pytest.raises(UserError, match="^offload by (networks|blocks) is for a GPU; on a CPU there is half"):
         sfumato.load(path, device="cpu", offload=way)
-    with pytest.raises(UserError, match="^offload is for a GPU; on the CPU"):
+    with pytest.raises(UserError, match="^offload by (networks|blocks) is for a GPU; on a CPU there is half"):
         Model(Opened(ddpm(), Path(), ""), "m", device="cpu", offload=way)
     tiny.picture(1, size=8).save(tmp_path / "a.png")
     for command in (["generate"], ["edit", tmp_path / "a.png"], ["bench", "--dtype", "float32"]):
         result = tiny.run(*command, "--model", path, "--device", "cpu", "--offload", way)
-        assert result.code == 2 and "offload is for a GPU" in result.err and len(result.err.splitlines()) == 1
+        assert result.code == 2 and f"offload by {way} is for a GPU" in result.err and len(result.err.splitlines()) == 1
 
 
 def test_blocks_need_torch() -> None:
@@ -195,7 +195,7 @@ def test_unknown_ways_are_refused_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown way of offload 'block' .did you mean 'blocks'"):
         sfumato.load(tiny.write_tiny_model(tmp_path / "m.safetensors"), offload="block")
     result = tiny.run("generate", "--offload", "all", "--out", tmp_path / "a.png")
-    assert result.code == 2 and "known: auto, never, networks, blocks" in result.err
+    assert result.code == 2 and "known: auto, never, networks, blocks, half" in result.err
 
 
 # --- every tensor in its place ---------------------------------------------------------------------------------------
@@ -725,6 +725,180 @@ def test_coming_and_going_compiles_nothing_anew(monkeypatch: pytest.MonkeyPatch)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     compiled.refused.cache_clear()
     torch._dynamo.reset()
+
+
+# --- weights that rest in 16 bits ------------------------------------------------------------------------------------
+
+
+def halved(model: Any, kind: torch.dtype = torch.float16) -> Any:
+    """With weights of 16 bits; `rounded` has the same values in float32."""
+    for network in model.networks().values():
+        network.to(kind)
+    return model
+
+
+def rounded(model: Any, kind: torch.dtype = torch.float16) -> Any:
+    halved(model, kind)
+    for network in model.networks().values():
+        network.float()
+    return model
+
+
+@pytest.fixture
+def everything_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small: else these models would be wide as a whole, and in one piece."""
+    monkeypatch.setattr(offload, "SMALL", 512)
+    monkeypatch.setattr(offload, "PIECE", 4096)
+
+
+@pytest.mark.usefixtures("everything_rests")
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["sd1", "sd2-inpainting", "ddpm with labels", "vq", "words", "pixels"])
+def test_pictures_of_resting_halves_are_those_of_float32(name: str, kind: torch.dtype) -> None:
+    plain, model = rounded(MODELS[name](), kind), halved(MODELS[name](), kind)
+    networks = model.networks()
+    guidance = {"guidance": 2.0} if model.reads else {}
+    how: dict[str, Any] = {"seeds": [1, 2], "asked": asked_of(model), "steps": 2, **guidance}
+    picture = Source(torch.rand(3, model.config.size, model.config.size) * 2 - 1, strength=0.6)
+    engage(networks, CPU, "half")
+    before = fingerprint(networks)
+    kinds = [one.dtype for network in networks.values() for one in network.parameters() if one.numel() >= offload.SMALL]
+    assert kinds.count(kind) >= len(kinds) - 2 > 0 and all(map(offload.widens, networks.values()))
+    assert all(next(networks[name].parameters()).dtype == torch.float32 for name in networks if name != "conditioner")
+    assert torch.equal(draw(model, **how), draw(plain, **how)) and same(networks, before)
+    assert torch.equal(edit(model, picture, **how), edit(plain, picture, **how)) and same(networks, before)
+
+
+@pytest.mark.usefixtures("everything_rests")
+def test_a_part_is_wide_while_it_computes_and_no_other() -> None:
+    model, seen = halved(sd()), list[set[str]]()
+    network = model.denoiser.network
+
+    def look(*_: Any) -> None:
+        named = dict(network.named_parameters())
+        wide = {name for name, one in named.items() if one.numel() >= offload.SMALL and one.dtype == torch.float32}
+        seen.append(wide - {"conv_in.weight"})  # which tells the network's type
+
+    engage(model.networks(), CPU, "half")
+    for part in (network.down_blocks[0].resnets[0].conv1, network.up_blocks[-1].resnets[0].conv1):
+        part.register_forward_hook(look)
+    draw(model, **HOW)
+    first, last = seen[0], seen[1]
+    assert "down_blocks.0.resnets.0.conv1.weight" in first and not first & last
+    assert sum(dict(network.named_parameters())[name].numel() for name in first) <= offload.PIECE * 4
+
+
+@pytest.mark.usefixtures("everything_rests")
+@pytest.mark.parametrize("doubled", [False, True])
+def test_fewer_products_are_the_same_with_resting_halves(monkeypatch: pytest.MonkeyPatch, doubled: bool) -> None:
+    """Kernels are transformed once from the wide weights, kept while a picture is drawn, and forgotten."""
+    monkeypatch.setattr(convolutions, "LEAST_CHANNELS", {torch.float32: 1})
+    monkeypatch.setattr(convolutions, "LEAST_PIXELS", 1)
+    made = list[int]()
+    real = convolutions.winograd.transformed_doubled if doubled else convolutions.winograd.transformed
+    name = "transformed_doubled" if doubled else "transformed"
+    monkeypatch.setattr(convolutions.winograd, name, lambda *given: (made.append(1), real(*given))[1])
+    pictures, counts = [], []
+    for model, way in ((rounded(sd()), "never"), (halved(sd()), "half")):
+        networks = model.networks()
+        registry.engage("torch", networks, CPU, torch.float32, "winograd", way)
+        made.clear()
+        pictures.append(draw(model, **HOW))
+        counts.append(len(made))
+        kept = [offload.standing(one) for network in networks.values() for one in network.modules()]
+        stores = {id(one.store): one.store for one in kept if isinstance(one, convolutions.Convolving)}
+        assert stores and not any(store._kept for store in stores.values())
+    assert torch.equal(*pictures) and counts[0] == counts[1] > 0
+
+
+@pytest.mark.usefixtures("everything_rests")
+def test_what_is_not_finite_is_not_blamed_on_resting_halves(caplog: pytest.LogCaptureFixture) -> None:
+    model = halved(sd())
+    with torch.no_grad():
+        model.denoiser.network.down_blocks[0].resnets[0].conv1.weight[0] = torch.nan
+    engage(model.networks(), CPU, "half")
+    with caplog.at_level(logging.WARNING, "sfumato"), pytest.raises(PictureError, match=r"conv1\.weight.*damaged"):
+        draw(model, **HOW)
+    assert not any("goes on in float32" in one for one in caplog.messages)
+
+
+def test_wide_numbers_lie_where_they_lay_and_at_whole_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "SMALL", 1)
+    filters = torch.randn(3, 5, 3, 3).half().to(memory_format=torch.channels_last)
+    given = [filters, torch.arange(7), torch.randn(11).bfloat16(), torch.randn(4), torch.randn(6, 4).half().t()]
+    mover = offload.Widening(CPU)
+    copies = mover.copies(given)
+    assert [one.dtype for one in copies[:4:2]] == [torch.float32] * 2
+    assert all(torch.equal(copy, one.to(copy.dtype)) for copy, one in zip(copies, given, strict=True))
+    assert all(copies[i] is given[i] for i in (1, 3, 4))  # whole numbers, wide ones, and what does not fill its memory
+    assert copies[0].stride() == filters.stride() and (copies[2].data_ptr() - copies[0].data_ptr()) % 64 == 0
+    assert mover.copies(given)[0].data_ptr() == copies[0].data_ptr()
+    with torch.inference_mode():
+        grown = offload.Widening(CPU).copies(given)[0]
+    assert not grown.is_inference()
+
+
+def test_halves_rest_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = halved(sd())
+    networks = model.networks()
+    stored = sum(one.nbytes for network in networks.values() for one in tensors_of(network))
+    monkeypatch.setattr(offload, "SMALL", 1)
+    wide = sum(one.numel() * (4 if one.is_floating_point() else one.element_size())
+               for network in networks.values() for one in tensors_of(network))  # fmt: skip
+    needed = wide - stored + min(ROOM, SHARE * wide)
+    for free, way in ((needed, "never"), (needed - 1, "half"), (0, "half"), (None, "never")):
+        monkeypatch.setattr(offload, "free_host_bytes", lambda free=free: free)
+        assert chosen("auto", networks, CPU, torch.float32) == way
+    monkeypatch.setattr(offload, "free_host_bytes", lambda: 0)
+    assert chosen("auto", networks, CPU, torch.float16) == chosen("auto", networks, CPU, torch.bfloat16) == "never"
+    assert chosen("auto", networks, CPU, torch.float32, "openvino") == "never"
+    assert chosen("auto", sd().networks(), CPU, torch.float32) == "never"
+
+
+def test_half_is_refused_where_it_saves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="^offload half is for weights of 16 bits that a CPU computes with in float32$"):
+        check("half", CUDA)
+    with pytest.raises(UserError, match="^offload half is for weights of 16 bits that a CPU"):
+        check("half", CPU, dtype=torch.bfloat16)
+    with pytest.raises(UserError, match="^offload by half needs backend torch: openvino computes"):
+        check("half", CPU, "openvino")
+    path = stable.write(tmp_path / "wide.safetensors", dtype=torch.float32)
+    result = tiny.run("generate", "a hat", "--model", path, "--offload", "half", "--out", tmp_path / "a.png")
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert "offload half is for weights of 16 bits, and this model's are wider" in result.err
+    assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.usefixtures("everything_rests")
+@pytest.mark.parametrize("asked", ["half", "auto"])
+def test_halves_by_the_front_door(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, asked: str) -> None:
+    """Weights are never wide all at once, and the picture and what it tells are the same."""
+    path = stable.write(tmp_path / "sd.safetensors", dtype=torch.float16)
+    how: dict[str, Any] = {"prompt": "a (red:1.2) hat", "steps": 2, "seed": 1, "guidance": 3.0}
+    plain = sfumato.load(path, device="cpu", dtype="float32", convolution="direct")
+    (expected,) = plain.generate(**how, hires=2.0)
+    assert plain.offload == "never"
+    monkeypatch.setattr(nn.Module, "to", partialmethod(_in_place_only, nn.Module.to))
+    for module in ("sfumato.backends.offload", "sfumato.api"):
+        monkeypatch.setattr(f"{module}.free_host_bytes", lambda: 0)
+    model = sfumato.load(path, device="cpu", dtype="float32", offload=asked)
+    assert model.offload == "half" and model.convolution == "direct" and model.dtype == "float32"
+    slow = "the memory that is free is short, so convolutions are direct, which is slower"
+    short = "the memory that is free on cpu is short, so offload half is on"
+    assert set(model.notes) - set(plain.notes) == ({slow, short} if asked == "auto" else {slow})
+    networks = model.system.networks()
+    before = fingerprint(networks)
+    (found,) = model.generate(**how, hires=2.0)
+    assert found.tobytes() == expected.tobytes() and same(networks, before)
+    assert found.info["sfumato"] == expected.info["sfumato"]
+    (edited,) = model.edit(expected, box=(0, 0, 32, 32), **how)
+    assert edited.tobytes() == plain.edit(expected, box=(0, 0, 32, 32), **how)[0].tobytes() and same(networks, before)
+
+
+def _in_place_only(self: nn.Module, own: Any, *args: Any, **how: Any) -> nn.Module:
+    """Layouts may change, types and places not."""
+    assert not args, "weights were widened"
+    return own(self, **how)  # type: ignore[no-any-return]
 
 
 # --- the front door --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,8 +20,13 @@ def test_a_small_model(place: Path, succeed: Callable) -> None:
     assert (row["kernel"], row["dtype"], row["width"]) == ("sdpa", "float32", 8)
     assert row["step"] > 0 and row["step_flop"] > 1e6 and row["memory"] > 1e7 and row["decode"] == 0
     assert row["share"] == pytest.approx(row["step_flop"] / row["step"] / row["rate"])
-    assert row["profile"]["convolution"] > 0
+    assert list(row["profile"]) == ["attention", "convolution", "linear", "norm", "rest"]
+    assert row["profile"]["convolution"]["seconds"] > 0 < row["profile"]["convolution"]["flop"]
+    assert sum(part["flop"] for part in row["profile"].values()) == row["step_flop"]
     told = succeed("bench", *options).out.splitlines()
+    kinds = {line.split()[0]: line.split()[1:] for line in told[3:]}
+    assert list(kinds) == list(row["profile"]) and kinds["convolution"][1].endswith("%")
+    assert len(kinds["rest"]) == 1  # which has no products
     assert told[0].startswith("cat-dog, 8 x 8, batch 1") and "of matmul" in told[1] and "float32" in told[2]
 
 
@@ -68,6 +74,17 @@ def test_memory_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_clear_sentence(place: Path, run: Callable, options: list[str], sentence: str) -> None:
     refused = run("bench", *options)
     assert refused.code == 2 and sentence in refused.err and len(refused.err.splitlines()) == 1
+
+
+def test_openvino_is_measured_with_the_attention_that_it_has(place: Path, run: Callable) -> None:
+    options = ("--model", "cat-dog.safetensors", "--repeat", 1, "--dtype", "float32", "--backend", "openvino")
+    found = run("bench", *options)
+    if importlib.util.find_spec("openvino") is None:
+        assert found.code == 2 and "pip install 'sfumato[openvino]'" in found.err
+    else:
+        assert found.code == 0 and "float32   openvino " in found.out
+    refused = run("bench", *options, "--kernel", "sdpa")
+    assert refused.code == 2 and "openvino has an attention of its own; leave --kernel out" in refused.err
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sfumato import models
+from sfumato.backends.devices import free_host_bytes
 from sfumato.codecs import Codec, KLCodec, PixelCodec, VQCodec
 from sfumato.codecs.tiles import (
     Difference,
@@ -25,7 +26,6 @@ from sfumato.codecs.tiles import (
     difference,
     encode_tiled,
     feathers,
-    free_host_bytes,
     layer_bytes,
     needs_tiles,
     pieces,

@@ -31,6 +31,7 @@ from torch.profiler import record_function
 
 from sfumato.backends import winograd
 from sfumato.backends.driven import own_forward
+from sfumato.backends.offload import standing
 from sfumato.backends.timing import times_as_fast
 from sfumato.networks.resnet import Upsample2D
 
@@ -114,9 +115,14 @@ class Convolving:
         assert conv is not None
         return conv
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That it computes in: the network's, or a wider one that its weight has been given since."""
+        return torch.promote_types(self.store.dtype, self.conv.weight.dtype)
+
     def forget(self) -> None:
         """Whether calls are computed so, and in tiles of so many outputs a side, until one has told."""
-        self.wanted, self.outputs = True, 4 if self.conv.weight.dtype == torch.float32 else 2
+        self.wanted, self.outputs = True, 4 if self.dtype == torch.float32 else 2
 
     def transformed(self, outputs: int) -> Tensor:
         """The kernels of the weights as they are now."""
@@ -125,7 +131,7 @@ class Convolving:
 
     def bytes(self, outputs: int) -> int:
         """Of the transformed kernels, for tiles of so many outputs each way."""
-        return (9 if self.doubles else (outputs + 2) ** 2) * self.conv.weight.nbytes // 9
+        return (9 if self.doubles else (outputs + 2) ** 2) * self.conv.weight.numel() * self.dtype.itemsize // 9
 
     def state(self, outputs: int) -> tuple[int, int, int]:
         """Changes when the weights are replaced or changed in place, and with the tiles."""
@@ -140,10 +146,11 @@ class Store:
 
     Args:
         budget: in bytes.
+        dtype: that the network computes in.
     """
 
-    def __init__(self, budget: int) -> None:
-        self.budget, self.members = budget, list[Convolving]()
+    def __init__(self, budget: int, dtype: torch.dtype) -> None:
+        self.budget, self.dtype, self.members = budget, dtype, list[Convolving]()
         self._kept: dict[Convolving, tuple[tuple[int, int, int], Tensor]] = {}
 
     def kernels(self, member: Convolving, outputs: int) -> Tensor | None:
@@ -162,11 +169,11 @@ class Store:
 
     def _taken(self, member: Convolving) -> int:
         """Bytes of what is there and of what has precedence, unless its last call had no use for it."""
-        size = member.conv.weight.nbytes
+        size = member.conv.weight.numel()
         return sum(
             one.bytes(one.outputs)
             for one in self.members
-            if one in self._kept or (one.wanted and one.conv.weight.nbytes < size)
+            if one in self._kept or (one.wanted and one.conv.weight.numel() < size)
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -182,15 +189,19 @@ class Store:
 
 def _untouched(conv: nn.Module) -> bool:
     """Whether a convolution that is not called itself is still the one that was there: no adapter, no hook."""
-    return fits(conv) and "forward" not in vars(conv) and not (conv._forward_hooks or conv._forward_pre_hooks)
+    return fits(conv) and standing(conv) is None and not (conv._forward_hooks or conv._forward_pre_hooks)
 
 
-def fits(module: nn.Module, least: int | None = None) -> bool:
-    """Whether a module is a 3x3 convolution that may be computed so, of a width that gains. `least`: channels that do;
-    None for `LEAST_CHANNELS`."""
+def fits(module: nn.Module, dtype: torch.dtype | None = None, *, least: int | None = None) -> bool:
+    """Whether a module is a 3x3 convolution that may be computed so, of a width that gains.
+
+    Args:
+        dtype: that it computes in; None for that of its weight.
+        least: channels that gain; None for `LEAST_CHANNELS`.
+    """
     if type(module) is not nn.Conv2d:
         return False
-    enough = least or LEAST_CHANNELS.get(module.weight.dtype, sys.maxsize)
+    enough = least or LEAST_CHANNELS.get(dtype or module.weight.dtype, sys.maxsize)
     return (
         (module.kernel_size, module.stride, module.padding, module.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
         and module.groups == 1
@@ -199,17 +210,26 @@ def fits(module: nn.Module, least: int | None = None) -> bool:
     )
 
 
-def engage(network: nn.Module) -> None:
-    """Let the convolutions of a network that fit be computed so from now on."""
-    doublings = [m for m in network.modules() if isinstance(m, Upsample2D) and m.conv is not None and fits(m.conv)]
+def engage(network: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Let the convolutions of a network that fit be computed so from now on.
+
+    Args:
+        dtype: that it computes in; None for that of its weights.
+    """
+    dtype = dtype or next((parameter.dtype for parameter in network.parameters()), torch.float32)
+    doublings = [m for m in network.modules() if isinstance(m, Upsample2D) and m.conv and fits(m.conv, dtype)]
     inside = {one.conv for one in doublings}
-    plain = [m for m in network.modules() if isinstance(m, nn.Conv2d) and fits(m) and m not in inside]
-    weights = sum(parameter.nbytes for parameter in network.parameters())
-    size = max((one.weight.element_size() for one in (*inside, *plain) if one is not None), default=4)
-    store = Store(max(LEAST_BUDGET.get(size, 0), int(SHARE.get(size, 0) * weights)))
+    plain = [m for m in network.modules() if isinstance(m, nn.Conv2d) and fits(m, dtype) and m not in inside]
+    store = Store(budget(network, dtype), dtype)
     members = [*(Convolving(module, store) for module in doublings), *(Convolving(module, store) for module in plain)]
     for one in members:
         vars(one.module)["forward"] = one
+
+
+def budget(network: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes that the transformed kernels of a network may take, which computes in this type."""
+    weights = sum(parameter.numel() for parameter in network.parameters()) * dtype.itemsize
+    return max(LEAST_BUDGET.get(dtype.itemsize, 0), int(SHARE.get(dtype.itemsize, 0) * weights))
 
 
 def _computes(x: Tensor, weight: Tensor) -> bool:
@@ -258,7 +278,7 @@ def engage_in_training(network: nn.Module) -> None:
     """Let the convolutions of a network that learns in float32 on a CPU be computed with fewer products, forwards and
     backwards, where that gains: 1.2 to 2.2 times as fast where there is much to do. Names and weights stay."""
     for module in network.modules():
-        if isinstance(module, nn.Conv2d) and fits(module, LEAST_IN_TRAINING) and "forward" not in vars(module):
+        if isinstance(module, nn.Conv2d) and fits(module, least=LEAST_IN_TRAINING) and "forward" not in vars(module):
             module.__class__ = Learning
 
 
@@ -282,9 +302,9 @@ def holding(network: nn.Module | None) -> Iterator[None]:
         yield
     finally:
         for module in network.modules() if network is not None else ():
-            forward = vars(module).get("forward")
-            if isinstance(forward, Convolving):
-                forward.store.clear()
+            convolving = standing(module)
+            if isinstance(convolving, Convolving):
+                convolving.store.clear()
         winograd.work.clear()
 
 

@@ -1,4 +1,4 @@
-"""Which device computes, and in which type it does so itself.
+"""Which device computes, in which type it does so itself, and how much of the CPU's memory is free.
 
 >>> choose_device("cpu")
 device(type='cpu')
@@ -7,6 +7,7 @@ device(type='cpu')
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 
 import torch
 
@@ -45,3 +46,22 @@ def choose_device(name: str) -> torch.device:
             reason = "there is no such kind of device; auto, cpu or the GPU's name in torch are expected"
         raise UserError(f"device {name!r} cannot be used here ({reason})") from None
     return device
+
+
+def free_host_bytes() -> int | None:
+    """The CPU's memory that this process may still take without swapping, in bytes; None where it is not known.
+
+    What Linux calls available, or what is left within the limit of a container (control groups, version 2).
+    """
+    group = Path("/sys/fs/cgroup")
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, ValueError, KeyError):
+        return None
+    try:
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        counted = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return max(min(free, limit - used + int(counted["inactive_file"])), 0)
+    except (OSError, ValueError, KeyError):  # no limit, or none that can be read
+        return free

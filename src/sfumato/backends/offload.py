@@ -1,10 +1,13 @@
-"""Models that are larger than the memory of a GPU: weights rest in the CPU's memory and come when they are needed.
+"""Models that are larger than the memory at hand: weights rest where there is room and come when they are needed.
 
 "networks": a network (text encoders, UNet, codec) comes to the device when it is called, and goes when another one is
 called or the drawing ends; so a UNet stays there for all steps. "blocks": of UNet and codec only the block that
 computes is there; where the device can, the block that followed the last time is copied meanwhile, on its own stream.
 Nothing is copied back: at rest each parameter points at the memory that it pointed at before. Weights that were changed
 on the device (widened to float32, say) are the exception; they come back with their changes.
+
+"half" is for a CPU that computes in float32: weights that were stored in 16 bits rest so, and those of one block at a
+time are widened. Every number is what it would be if all of them were wide, and so is every picture.
 
 >>> networks = {"network": nn.Linear(2, 2), "codec": nn.Linear(2, 2)}
 >>> before = networks["network"].weight.data_ptr()
@@ -25,24 +28,31 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sfumato.backends.devices import free_host_bytes
 from sfumato.backends.driven import Driven, own_forward
 from sfumato.errors import UserError, raise_unknown
+from sfumato.networks.attention import Attention
 from sfumato.networks.autoencoder import Decoder, Encoder
+from sfumato.networks.resnet import Upsample2D
+from sfumato.networks.transformer import FeedForward
 
 LOG = logging.getLogger("sfumato")
 
-WAYS = ("never", "networks", "blocks")
+WAYS = ("never", "networks", "blocks", "half")
 NAMES = ("auto", *WAYS)
 ROOM = 2**31
 """Bytes that are left for activations: an estimate for 512 pixels in half precision, not a measurement."""
 SHARE = 4
 """… but at most so many times the bytes of the weights: small networks make small activations."""
+PIECE, SMALL = 2**26, 2**18
+"""Of "half": numbers of weights that are widened together at most, where a network has smaller parts; and of a tensor
+below which it is not worth it."""
 
 Point = Callable[[Tensor, Tensor], None]
 """`(tensor, values)`: the tensor has these values from now on, wherever they lie."""
@@ -51,35 +61,51 @@ Point = Callable[[Tensor, Tensor], None]
 # --- which way -------------------------------------------------------------------------------------------------------
 
 
-def check(name: str, device: torch.device, backend: str = "torch") -> None:
-    """Refuse, with a `UserError`, a way that is unknown or that cannot be had there or with that backend."""
+def check(name: str, device: torch.device, backend: str = "torch", dtype: torch.dtype = torch.float32) -> None:
+    """Refuse, with a `UserError`, a way that is unknown or that cannot be had there, in that type or with that
+    backend."""
     if name not in NAMES:
         raise_unknown("way of offload", name, NAMES)
     if name in ("auto", "never"):
         return
-    if device.type == "cpu":
-        raise UserError("offload is for a GPU; on the CPU all weights are where they are needed, so leave it out")
-    if name == "blocks" and backend != "torch":
-        raise UserError(f"offload by blocks needs backend torch: {backend} computes a network as a whole")
+    if name == "half":
+        if device.type != "cpu" or dtype != torch.float32:
+            raise UserError("offload half is for weights of 16 bits that a CPU computes with in float32")
+    elif device.type == "cpu":
+        raise UserError(f"offload by {name} is for a GPU; on a CPU there is half, for weights of 16 bits")
+    if name != "networks" and backend != "torch":
+        raise UserError(f"offload by {name} needs backend torch: {backend} computes a network as a whole")
 
 
 def chosen(
     name: str, networks: Mapping[str, nn.Module], device: torch.device, dtype: torch.dtype, backend: str = "torch"
 ) -> str:
-    """The way that a name stands for, one of `WAYS`; "auto" goes by the memory that is free on the device now.
+    """The way that a name stands for, one of `WAYS`; "auto" goes by the memory that is free there now.
 
     Args:
         networks: of a model, by name.
-        dtype: that they will have.
+        dtype: that they will compute in.
 
     Raises:
-        UserError: as `check`.
+        UserError: as `check`, and for "half" where no weights have 16 bits.
     """
-    check(name, device, backend)
+    check(name, device, backend, dtype)
+    sizes = {part: sum(_bytes(one, dtype) for one in tensors_of(network)) for part, network in networks.items()}
+    present = sum(one.nbytes for network in networks.values() for one in tensors_of(network))
+    halves = any(_rests(one) for network in networks.values() for one in tensors_of(network))
+    if name == "half" and not halves:
+        raise UserError("offload half is for weights of 16 bits, and this model's are wider; leave it out")
     if name != "auto":
         return name
-    sizes = {part: sum(_bytes(one, dtype) for one in tensors_of(network)) for part, network in networks.items()}
-    return fitting(free_bytes(device), sizes, blocks=backend == "torch")
+    free, total = free_bytes(device), sum(sizes.values())
+    if free is None and device.type == "cpu" and dtype == torch.float32 and backend == "torch" and halves:
+        return "half" if short(free_host_bytes(), total - present, total) else "never"
+    return fitting(free, sizes, blocks=backend == "torch")
+
+
+def short(free: int | None, more: int, weights: int) -> bool:
+    """Whether memory is too short for so many bytes more, and the activations of networks with weights of so many."""
+    return free is not None and more + min(ROOM, SHARE * weights) > free
 
 
 def fitting(free: int | None, sizes: Mapping[str, int], *, blocks: bool = True) -> str:
@@ -91,10 +117,9 @@ def fitting(free: int | None, sizes: Mapping[str, int], *, blocks: bool = True) 
         blocks: whether "blocks" can be had; else "networks" is the last one.
     """
     total = sum(sizes.values())
-    room = min(ROOM, SHARE * total)
-    if free is None or total + room <= free:
+    if not short(free, total, total):
         return "never"
-    return "networks" if not blocks or max(sizes.values()) + room <= free else "blocks"
+    return "networks" if not blocks or not short(free, max(sizes.values()), total) else "blocks"
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -170,6 +195,38 @@ class Streamed(Mover):
 
     def ready(self) -> None:
         self._module.current_stream(self.device).wait_stream(self._side)
+
+
+class Widening(Mover):
+    """Copies what has 16 bits in float32, always into the same memory: fresh memory would cost more than the copy."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._room = torch.empty(0, device=device)
+
+    def copies(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Those that rest in 16 bits in float32, laid out as they are; the others themselves."""
+        places = list(accumulate((_whole_lines(one) if _rests(one) else 0 for one in tensors), initial=0))
+        if len(self._room) < places[-1]:
+            with torch.inference_mode(False):  # else calls outside it could not use it
+                self._room = torch.empty(places[-1], device=self.device)
+        return [self._wide(one, place) if _rests(one) else one for one, place in zip(tensors, places, strict=False)]
+
+    def _wide(self, one: Tensor, place: int) -> Tensor:
+        return self._room.as_strided(one.shape, one.stride(), place).copy_(one)
+
+
+def _rests(tensor: Tensor) -> bool:
+    """Whether a tensor of 16 bits is large enough to be widened only where it is needed, and fills its memory."""
+    if not tensor.is_floating_point() or tensor.element_size() != 2 or tensor.numel() < SMALL:
+        return False
+    laid = tensor.is_contiguous() or (tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
+    return laid
+
+
+def _whole_lines(tensor: Tensor) -> int:
+    """Its numbers, rounded up so that the next one begins at a multiple of 64 bytes, as torch's own memory does."""
+    return -(-tensor.numel() // 16) * 16
 
 
 def point(tensor: Tensor, values: Tensor) -> None:
@@ -312,7 +369,9 @@ class Fetching:
     def _refuse_gradients(self, given: Sequence[Any]) -> None:
         weights = self.group.tensors if self.group is not None else []
         if any(isinstance(one, Tensor) and one.requires_grad for one in (*given, *weights)):
-            raise UserError("offload by blocks computes no gradients; open the model with offload networks or never")
+            half = isinstance(self.shuttle.mover, Widening)
+            told = ("half", "never") if half else ("by blocks", "networks or never")
+            raise UserError(f"offload {told[0]} computes no gradients; open the model with offload {told[1]}")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """For a copy of the module over the same weights; one with weights of its own stays where they are."""
@@ -344,19 +403,55 @@ def engage(
     if way == "never":
         return
     if mover is None:
-        mover = (Streamed if _apart(device) and way == "blocks" else Mover)(device)
+        mover = _mover(device, way)
     shuttle = Shuttle(mover, point)
     if _apart(device):
         _pin([one for network in networks.values() for one in tensors_of(network)])
     for name, network in networks.items():
-        whole = way == "networks" or name == "conditioner"
-        blocks = [network] if whole else [block for block in blocks_of(network) if _has_weights(block)]
+        if way == "half":
+            _widen_some(network, first=name != "conditioner")
+        part = way == "half" or (way == "blocks" and name != "conditioner")
+        blocks = list(_divided(network, way)) if part else [network]
         within = {id(one) for block in blocks for one in tensors_of(block)}
         own = [one for one in tensors_of(network) if id(one) not in within]  # beside the blocks: comes with each
         for block in blocks:
-            _stand(block, shuttle, Group([*tensors_of(block), *own]), part=not whole)
+            _stand(block, shuttle, Group([*tensors_of(block), *own]), part=part)
         if not isinstance(vars(network).get("forward"), Fetching):
             vars(network)["forward"] = Fetching(network, shuttle, None)
+
+
+def _mover(device: torch.device, way: str) -> Mover:
+    if way == "half":
+        return Widening(device)
+    return (Streamed if _apart(device) and way == "blocks" else Mover)(device)
+
+
+def _divided(network: nn.Module, way: str) -> Iterator[nn.Module]:
+    """The parts of a network that have weights and are brought by themselves."""
+    parts = pieces_of(network) if way == "half" else blocks_of(network)
+    return (part for part in parts if _has_weights(part))
+
+
+def _widen_some(network: nn.Module, *, first: bool) -> None:
+    """Give float32 to all that is not worth to rest in 16 bits, and to the `first` of its parameters, a small one:
+    whoever asks for the type that a network computes in looks at that."""
+    for i, one in enumerate(tensors_of(network)):
+        if one.is_floating_point() and (not _rests(one) or (first and i == 0)):
+            one.data = one.data.float()
+
+
+_WHOLE = (Attention, FeedForward, Upsample2D)  # they read the weights of their layers
+
+
+def pieces_of(module: nn.Module) -> Iterator[nn.Module]:
+    """The parts of a network with at most `PIECE` numbers, as large as they can be."""
+    children = [child for child in module.children() if _has_weights(child)]
+    many = sum(one.numel() for one in tensors_of(module)) > PIECE
+    if children and (isinstance(module, nn.ModuleList) or (many and not isinstance(module, _WHOLE))):
+        for child in children:
+            yield from pieces_of(child)
+    else:
+        yield module
 
 
 def blocks_of(network: nn.Module) -> Iterator[nn.Module]:
@@ -430,3 +525,15 @@ def device_of(network: nn.Module) -> torch.device:
     """Where a network computes, wherever its weights rest."""
     forward = vars(network).get("forward")
     return forward.shuttle.device if isinstance(forward, Fetching) else next(network.parameters()).device
+
+
+def standing(module: nn.Module) -> Any:
+    """What stands in the place of a module's `forward` beside this; None for nothing."""
+    forward = vars(module).get("forward")
+    return forward.standing if isinstance(forward, Fetching) else forward
+
+
+def widens(network: nn.Module) -> bool:
+    """Whether a network computes in float32, wherever its weights have 16 bits at rest."""
+    forward = vars(network).get("forward")
+    return isinstance(forward, Fetching) and isinstance(forward.shuttle.mover, Widening)

@@ -96,7 +96,7 @@ def engage(
             continue
         twins.engage(module)
         if convolution == "winograd":
-            convolutions.engage(module)
+            convolutions.engage(module, dtype)
     offload.engage(networks, device, way)
 
 

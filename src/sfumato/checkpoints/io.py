@@ -38,6 +38,28 @@ _MAX_NAME = 1024
 _NAMED_PROBLEMS = 10
 
 
+class Halves:
+    """In the place of a type: numbers of 16 bits keep theirs, other floating ones are float32."""
+
+
+HALVES = Halves()
+Wanted = torch.dtype | Halves | None
+"""The type that stored weights are asked for in; None for each one's own, mapped from the disk."""
+
+
+def type_of(stored: Tensor, wanted: torch.dtype | Halves) -> torch.dtype:
+    """The type that a stored tensor gets; whole numbers and truth values keep theirs.
+
+    >>> [type_of(torch.zeros(1, dtype=kind), HALVES) for kind in (torch.float16, torch.float64, torch.int64)]
+    [torch.float16, torch.float32, torch.int64]
+    """
+    if not stored.is_floating_point():
+        return stored.dtype
+    if isinstance(wanted, Halves):
+        return stored.dtype if stored.element_size() == 2 else torch.float32
+    return wanted
+
+
 @dataclass(frozen=True)
 class ModelFile:
     """An opened model file.
@@ -224,14 +246,14 @@ def load_strictly(module: torch.nn.Module, tensors: Mapping[str, Tensor], *, wha
 
 
 def take_over(
-    module: torch.nn.Module, tensors: Mapping[str, Tensor], *, what: str, dtype: torch.dtype | None = None
+    module: torch.nn.Module, tensors: Mapping[str, Tensor], *, what: str, dtype: Wanted = None
 ) -> None:
     """Make stored tensors the weights of a module on "meta", without a second copy of any that needs no change.
 
     Args:
         tensors: every name and shape must fit, see `check_fit`.
-        dtype: of the weights, filters of convolutions channels-last then, however they were stored; None for the type
-            and the layout that each is stored in.
+        dtype: of the weights (see `type_of`), filters of convolutions channels-last then, however they were stored;
+            None for the type and the layout that each is stored in.
     """
     check_fit(module, tensors, what=what)
     typed = {n: _as_computed(t, dtype) if dtype is not None else t for n, t in tensors.items()}
@@ -240,9 +262,9 @@ def take_over(
     module.load_state_dict(aligned, assign=True)
 
 
-def _as_computed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _as_computed(tensor: Tensor, dtype: torch.dtype | Halves) -> Tensor:
     """In a type (whole numbers keep theirs), filters channels-last: kernels round otherwise in another layout."""
-    return tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, memory_format=layout_of(tensor))
+    return tensor.to(type_of(tensor, dtype), memory_format=layout_of(tensor))
 
 
 def layout_of(weight: Tensor) -> torch.memory_format:

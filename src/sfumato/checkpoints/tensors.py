@@ -33,7 +33,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from sfumato.checkpoints.io import check_is_file, explain_os_error, layout_of, read_header, replacing
+from sfumato.checkpoints.io import (
+    Halves,
+    Wanted,
+    check_is_file,
+    explain_os_error,
+    layout_of,
+    read_header,
+    replacing,
+    type_of,
+)
 from sfumato.errors import ModelFileError, UserError
 
 TYPES = {
@@ -98,29 +107,27 @@ class TensorFile:
         offsets = {name: start + header[name]["data_offsets"][0] for name in seen}
         return cls(path, seen, dict(header.get("__metadata__") or {}), offsets, mapped, handle)
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def read(self, name: str, dtype: Wanted = None) -> Tensor:
         """One tensor, on the CPU.
 
         Args:
             name: as in `seen`.
-            dtype: None for the stored type, mapped from the disk; else the tensor has memory of its own, filters of
-                convolutions channels-last, as networks compute with them. Whole numbers and truth values keep their
-                type.
+            dtype: None for the stored type, mapped from the disk; else, see `type_of`, the tensor has memory of its
+                own, filters of convolutions channels-last, as networks compute with them.
         """
         if dtype is None:
             mapped: Tensor = self._explained(lambda: self._mapped.get_tensor(name))
             return mapped
         return self.begin(name, dtype)()
 
-    def begin(self, name: str, dtype: torch.dtype) -> Callable[[], Tensor]:
+    def begin(self, name: str, dtype: torch.dtype | Halves) -> Callable[[], Tensor]:
         """Begin to read a tensor as `read` gives it in a type; what is returned waits for it.
 
         What is cast is read some rows at a time and several at once: what was read is still in the cache when it is
         cast, and no memory is needed but the result's.
         """
         stored = self.seen[name]
-        wanted = dtype if stored.is_floating_point() else stored.dtype
-        out = torch.empty(stored.shape, dtype=wanted, memory_format=layout_of(stored))
+        out = torch.empty(stored.shape, dtype=type_of(stored, dtype), memory_format=layout_of(stored))
         if not out.numel():
             return lambda: out
         table = out if out.ndim else out[None]
@@ -205,7 +212,7 @@ class Lazily(Mapping[str, Tensor]):
         dtype: as in `TensorFile.read`.
     """
 
-    def __init__(self, places: Mapping[str, tuple[TensorFile, str]], dtype: torch.dtype | None) -> None:
+    def __init__(self, places: Mapping[str, tuple[TensorFile, str]], dtype: Wanted) -> None:
         self._places, self._dtype = places, dtype
 
     def __getitem__(self, name: str) -> Tensor:

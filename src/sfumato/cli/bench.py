@@ -158,5 +158,6 @@ def _table(found: list[dict[str, Any]], steps: int, batch: int) -> None:
             f"{row['dtype']:9} {_way(row):17} {row['step']:8.3f} {whole:11.1f} {row['decode']:8.2f} "
             f"{row['share']:9.0%} {_megabytes(row['memory']):>9}"
         )
-        for kind, seconds in row.get("profile", {}).items():
-            print(f"    {kind:24} {seconds:8.3f} s")
+        for kind, part in row.get("profile", {}).items():
+            share = f"{part['flop'] / part['seconds'] / row['rate']:9.0%}" if part["flop"] and part["seconds"] else ""
+            print(f"{'':9} {kind:17} {part['seconds']:8.3f} {'':11} {'':8} {share:>9}")

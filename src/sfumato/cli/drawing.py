@@ -104,7 +104,11 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda …")]
 Backend = Annotated[str, typer.Option(help="Who computes the networks: auto (torch), torch, compile or openvino.")]
 Offload = Annotated[
-    str, typer.Option(help="Weights that rest in the CPU's memory, for a small GPU: auto, never, networks or blocks.")
+    str,
+    typer.Option(
+        help="Weights that rest where there is room: auto, never; for a small GPU networks or blocks; for a CPU with "
+        "little memory half."
+    ),
 ]
 Out = Annotated[
     Path,

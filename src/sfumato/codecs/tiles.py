@@ -34,7 +34,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -170,25 +169,6 @@ def needs_tiles(codec: Codec, h: int, w: int, available_bytes: int, count: int =
     A quarter is added to the estimate: measured peaks were 0.9 to 1.2 times it.
     """
     return count * decode_bytes(codec, h, w) * _SPARE > available_bytes
-
-
-def free_host_bytes() -> int | None:
-    """The CPU's memory that this process may still take without swapping, in bytes; None where it is not known.
-
-    What Linux calls available, or what is left within the limit of a container (control groups, version 2).
-    """
-    group = Path("/sys/fs/cgroup")
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, ValueError, KeyError):
-        return None
-    try:
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        counted = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return max(min(free, limit - used + int(counted["inactive_file"])), 0)
-    except (OSError, ValueError, KeyError):  # no limit, or none that can be read
-        return free
 
 
 # --- where tiles lie ----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from sfumato.checkpoints import hashes
 from sfumato.checkpoints.formats import diffusers
 from sfumato.checkpoints.formats.families import Prediction
 from sfumato.checkpoints.formats.single_file import SingleFile
-from sfumato.checkpoints.io import check_is_file, read_header, read_model, stored_config
+from sfumato.checkpoints.io import Wanted, check_is_file, read_header, read_model, stored_config
 from sfumato.errors import ModelFileError, UserError, raise_unknown
 from sfumato.systems import ldm_config
 from sfumato.systems.clip import CLIP, CLIPConfig
@@ -96,7 +96,7 @@ def open_system(
     prediction: Prediction = "unknown",
     averaged: bool = False,
     vae: str | Path | None = None,
-    dtype: torch.dtype | None = torch.float32,
+    dtype: Wanted = torch.float32,
     incomplete: bool = False,
 ) -> Opened:
     """Open a model file of ours, a single file of Stable Diffusion, a checkpoint of latent diffusion with its YAML
@@ -150,7 +150,7 @@ def _own_config(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _open_own(path: Path, dtype: torch.dtype | None) -> Opened:
+def _open_own(path: Path, dtype: Wanted) -> Opened:
     file = read_model(path)
     assert file.config is not None
     name = file.config.get("system")
@@ -167,7 +167,7 @@ def _open_foreign(
     allow_pickle: bool,
     prediction: Prediction,
     averaged: bool,
-    dtype: torch.dtype | None,
+    dtype: Wanted,
     spare: Collection[str],
 ) -> Opened:
     if (values := ldm_config.beside(path)) is not None:
@@ -186,7 +186,7 @@ def _open_folder(
     allow_pickle: bool,
     prediction: Prediction,
     averaged: bool,
-    dtype: torch.dtype | None,
+    dtype: Wanted,
     stage: CodecSystem | None,
     spare: Collection[str],
 ) -> Opened:

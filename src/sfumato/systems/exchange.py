@@ -40,7 +40,7 @@ from sfumato.checkpoints import hashes
 from sfumato.checkpoints.formats import diffusers
 from sfumato.checkpoints.formats.diffusers import CLASS, Component
 from sfumato.checkpoints.formats.families import Prediction
-from sfumato.checkpoints.io import read_model
+from sfumato.checkpoints.io import Wanted, read_model
 from sfumato.conditioners.clip_prompt import ClipPrompt
 from sfumato.diffusion.schedule import TableSchedule
 from sfumato.errors import ModelFileError, UserError
@@ -278,7 +278,7 @@ def open_folder(
     *,
     allow_pickle: bool = False,
     prediction: Prediction = "unknown",
-    dtype: torch.dtype | None = torch.float32,
+    dtype: Wanted = torch.float32,
     stage: CodecSystem | None = None,
     spare: Collection[str] = (),
 ) -> OpenedFolder:
@@ -313,7 +313,7 @@ def open_folder(
 
 
 def _open_unconditional(
-    folder: Path, pipeline: str, read: Read, prediction: Prediction, dtype: torch.dtype | None
+    folder: Path, pipeline: str, read: Read, prediction: Prediction, dtype: Wanted
 ) -> OpenedFolder:
     """A folder of a pipeline that is told no text, by diffusers' own files."""
     readers: dict[str, Callable[..., DDPMConfig | LatentConfig]] = {
@@ -333,7 +333,7 @@ def _open_own(
     folder: Path,
     read: Read,
     prediction: Prediction,
-    dtype: torch.dtype | None,
+    dtype: Wanted,
     *,
     allow_pickle: bool,
     spare: Collection[str] = (),
@@ -379,7 +379,7 @@ def _filled(
     stored: Mapping[str, Stored],
     digests: list[str],
     folder: Path,
-    dtype: torch.dtype | None,
+    dtype: Wanted,
     missing: tuple[str, ...] = (),
 ) -> OpenedFolder:
     """An outlined model with its weights."""
@@ -405,7 +405,7 @@ def _parts(folder: Path, read: Read) -> dict[str, Component]:
     return found
 
 
-def _open_codec(folder: Path, read: Read, dtype: torch.dtype | None) -> OpenedFolder:
+def _open_codec(folder: Path, read: Read, dtype: Wanted) -> OpenedFolder:
     if (name := diffusers.class_of(folder)) not in FIRST_STAGES:
         raise ModelFileError(f"{folder} holds a {name}; of single networks {' and '.join(FIRST_STAGES)} can be opened")
     part = read(folder)

@@ -36,7 +36,7 @@ from sfumato.checkpoints.formats.families import (
     family_named,
     predicting,
 )
-from sfumato.checkpoints.io import check_fit, take_over
+from sfumato.checkpoints.io import Wanted, check_fit, take_over
 from sfumato.conditioners.clip_prompt import ClipPrompt
 from sfumato.conditioners.shown import Depth, LowResolution, Masked
 from sfumato.diffusion.schedule import TableSchedule
@@ -110,7 +110,7 @@ def fill(
     stored: Mapping[str, Stored],
     *,
     what: str,
-    dtype: torch.dtype | None,
+    dtype: Wanted,
     missing: Collection[str] = (),
 ) -> None:
     """Give networks on "meta" their weights; all names and shapes are looked at before the first value is read.
@@ -151,7 +151,7 @@ def open_pipeline(
     *,
     allow_pickle: bool = False,
     prediction: Prediction = "unknown",
-    dtype: torch.dtype | None = torch.float32,
+    dtype: Wanted = torch.float32,
     stage: CodecSystem | None = None,
     spare: Collection[str] = (),
 ) -> tuple[Latent, str, tuple[str, ...], tuple[str, ...]]:

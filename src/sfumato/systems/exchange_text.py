@@ -22,13 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sfumato.checkpoints.formats import diffusers
 from sfumato.checkpoints.formats.diffusers import Component
 from sfumato.checkpoints.formats.families import END_MARK
 from sfumato.checkpoints.formats.open_clip import CLIP_L
+from sfumato.checkpoints.io import Wanted
 from sfumato.conditioners.clip_prompt import ClipPrompt
 from sfumato.conditioners.clip_tokens import ADDED, MERGES, SETTINGS, SPECIAL, VOCABULARY, WHOLE
 from sfumato.conditioners.vocabulary import END, START, tables
@@ -87,7 +87,7 @@ class Text:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_text(folder: Path, *, allow_pickle: bool = False, dtype: torch.dtype | None = None) -> Text:
+def read_text(folder: Path, *, allow_pickle: bool = False, dtype: Wanted = None) -> Text:
     """The text tower of a pipeline's folder, its tokenizer checked.
 
     Args:

@@ -17,10 +17,11 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from sfumato.backends import offload
+from sfumato.backends.devices import free_host_bytes
 from sfumato.checkpoints import hashes
-from sfumato.checkpoints.io import component, take_over
+from sfumato.checkpoints.io import Wanted, component, take_over
 from sfumato.codecs import Codec, Moments
-from sfumato.codecs.tiles import decode_tiled, encode_tiled, free_host_bytes, needs_tiles
+from sfumato.codecs.tiles import decode_tiled, encode_tiled, needs_tiles
 from sfumato.condition import Condition
 from sfumato.conditioners.base import Combined, Conditioner
 from sfumato.conditioners.clip_prompt import ClipPrompt, Prompt
@@ -143,7 +144,7 @@ class Latent:
         tensors: Mapping[str, Tensor],
         *,
         what: str,
-        dtype: torch.dtype | None = torch.float32,
+        dtype: Wanted = torch.float32,
     ) -> Latent:
         """A model with stored weights (names `network.…`, `codec.…`, `conditioner.…`), taken over one by one.
 
@@ -234,6 +235,7 @@ class Latent:
         """The conditions that are shown beside the latents, by name."""
         return {name: part for name, part in self._parts.items() if isinstance(part, Shown)}
 
+    @torch.no_grad()
     def conditions(
         self, asked: Sequence[Asked], shown: Mapping[str, Sequence[Any]] | None = None
     ) -> tuple[Condition, Condition]:

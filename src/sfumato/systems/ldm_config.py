@@ -30,7 +30,7 @@ from torch import Tensor
 from sfumato.checkpoints.formats import pickles
 from sfumato.checkpoints.formats.compvis import stage_map, text_map, unet_map
 from sfumato.checkpoints.formats.single_file import AVERAGED, IGNORED, LAST_STEP, unwrapped
-from sfumato.checkpoints.io import component, take_over
+from sfumato.checkpoints.io import Wanted, component, take_over
 from sfumato.checkpoints.keymap import Coverage, Ignored, KeyMap, Rule, check_cover
 from sfumato.checkpoints.tensors import Lazily, TensorFile
 from sfumato.conditioners.joint import JointText
@@ -442,7 +442,7 @@ def open_checkpoint(
     *,
     averaged: bool = False,
     allow_pickle: bool = False,
-    dtype: torch.dtype | None = torch.float32,
+    dtype: Wanted = torch.float32,
 ) -> OpenedCheckpoint:
     """Open a checkpoint with its config.
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from sfumato.checkpoints.formats import families
 from sfumato.checkpoints.formats.families import Family, Prediction
 from sfumato.checkpoints.formats.single_file import SingleFile, Written, write
-from sfumato.checkpoints.io import component, take_over
+from sfumato.checkpoints.io import Wanted, component, take_over
 from sfumato.conditioners.clip_prompt import ClipPrompt
 from sfumato.conditioners.shown import Depth, LowResolution, Masked
 from sfumato.errors import ModelFileError, UserError
@@ -180,7 +180,7 @@ def open_single_file(
     prediction: Prediction = "unknown",
     averaged: bool = False,
     allow_pickle: bool = False,
-    dtype: torch.dtype | None = torch.float32,
+    dtype: Wanted = torch.float32,
     spare: Collection[str] = (),
 ) -> OpenedFile:
     """Open a file in CompVis' layout.
@@ -224,7 +224,7 @@ def refuse_missing(path: str | Path, missing: Collection[str]) -> None:
     raise ModelFileError(f"{path} holds no {lacking}, which drawing needs{hint}")
 
 
-def _load(file: SingleFile, dtype: torch.dtype | None, parts: tuple[str, ...]) -> Latent:
+def _load(file: SingleFile, dtype: Wanted, parts: tuple[str, ...]) -> Latent:
     """The model of a file; with fewer than all parts the others stay on "meta"."""
     assert file.family is not None
     model = Latent.create(config_of(file.family), "meta")
@@ -242,7 +242,7 @@ def _without_spare(network: torch.nn.Module, tensors: Mapping[str, Tensor]) -> d
     return {name: t for name, t in tensors.items() if name in own or not name.endswith("position_ids")}
 
 
-def _load_codec(file: SingleFile, dtype: torch.dtype | None) -> CodecSystem:
+def _load_codec(file: SingleFile, dtype: Wanted) -> CodecSystem:
     assert file.vae is not None
     stage = CodecSystem.create(codec_of(file.vae), "meta")
     assert stage.codec.network is not None

@@ -84,7 +84,7 @@ def measured(
     return Speed(
         step=least_seconds(step, device, repeat),
         decode=decode,
-        step_flop=_flop(model, x, level, condition),
+        step_flop=sum(_work(model, x, level, condition).values()),
         decode_flop=_decode_flop(model, x[:batch]),
         rate=matmul_rate(next(model.denoiser.network.parameters()).dtype, device),
         memory=peak_memory(device),
@@ -110,15 +110,18 @@ def _condition(model: Drawing, rows: int, shape: tuple[int, int, int]) -> Condit
     return Condition(context=context, labels=labels, concat=concat)
 
 
-def _flop(model: Drawing, x: Tensor, level: NoiseLevel, condition: Condition) -> float:
-    """Work of one call, counted on "meta"."""
+def _work(model: Drawing, x: Tensor, level: NoiseLevel, condition: Condition) -> dict[str, float]:
+    """Multiplications and additions of one call by kind, by the definition, counted on "meta"."""
     outline = type(model).create(model.config, "meta")  # type: ignore[arg-type]
     meta = torch.device("meta")
     slots = condition.to(meta, torch.float32).for_network()
     seen = x.to(meta) if condition.concat is None else torch.cat([x.to(meta), condition.concat.to(meta)], dim=1)
     with FlopCounterMode(display=False) as counter:
         outline.denoiser.network(seen, torch.zeros(len(x), device=meta), **slots)
-    return float(counter.get_total_flops())
+    found = dict.fromkeys((*KINDS, REST), 0.0)
+    for operation, count in counter.get_flop_counts().get("Global", {}).items():
+        found[_kind_of([str(operation)])] += count
+    return found
 
 
 def _decode_flop(model: Drawing, latents: Tensor) -> float:
@@ -132,8 +135,11 @@ def _decode_flop(model: Drawing, latents: Tensor) -> float:
 
 @at_rest
 @torch.no_grad()
-def shares(model: Drawing, width: int, height: int, *, batch: int = 1, guided: bool = True) -> dict[str, float]:
-    """Seconds of one step by kind of work, from torch's profiler: attention, convolution, linear, norm, the rest."""
+def shares(
+    model: Drawing, width: int, height: int, *, batch: int = 1, guided: bool = True
+) -> dict[str, dict[str, float]]:
+    """One step by kind of work (attention, convolution, linear, norm, rest): "seconds", from torch's profiler, and the
+    "flop" that it has by the definition."""
     shape, device = model.shape_of(width, height), device_of(model)
     rows = batch * (2 if guided else 1)
     x = torch.randn(rows, *shape, generator=torch.Generator().manual_seed(0)).to(device)
@@ -142,19 +148,22 @@ def shares(model: Drawing, width: int, height: int, *, batch: int = 1, guided: b
     model.denoiser(x, level, condition, None)
     with torch.profiler.profile() as profiled:
         model.denoiser(x, level, condition, None)
-    found = dict.fromkeys((*KINDS, "rest"), 0.0)
+    work = _work(model, x, level, condition)
+    found = {kind: {"seconds": 0.0, "flop": work[kind]} for kind in work}
     for event in profiled.events():
-        found[_kind(event)] += event.self_cpu_time_total / 1e6
+        found[_kind(event)]["seconds"] += event.self_cpu_time_total / 1e6
     return found
 
 
 KINDS = {
     "attention": (attention.SCOPE, "scaled_dot_product", "flash_attention", "softmax", "bmm"),
     "convolution": (convolutions.SCOPE, "convolution", "conv2d", "conv_transpose"),
-    "linear": ("addmm", "aten::mm", "linear", "mkldnn_linear"),
+    "linear": ("addmm", "aten::mm", "aten.mm", "linear", "mkldnn_linear"),
     "norm": ("native_group_norm", "native_layer_norm", "var_mean"),
 }
 """Parts of the names of torch's operations, by kind."""
+REST = "rest"
+"""The kind of all others."""
 
 
 def _kind(event: Any) -> str:
@@ -163,8 +172,13 @@ def _kind(event: Any) -> str:
     while event is not None:
         names.append(event.key)
         event = event.cpu_parent
-    for name in reversed(names):
+    return _kind_of(names[::-1])
+
+
+def _kind_of(names: list[str]) -> str:
+    """The kind of the first of these names that has one."""
+    for name in names:
         for kind, parts in KINDS.items():
             if any(part in name for part in parts):
                 return kind
-    return "rest"
+    return REST

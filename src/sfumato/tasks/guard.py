@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from sfumato.backends import offload
 from sfumato.backends.driven import tensors_in
 from sfumato.diffusion.denoiser import Prediction
 from sfumato.diffusion.guidance import DenoiseFn
@@ -108,7 +109,10 @@ def _finite(
 
 
 def narrower(network: nn.Module) -> torch.dtype | None:
-    """The type of the first weights that are narrower than float32; None where there are none."""
+    """The type of the first weights that are narrower than float32; None where there are none, or where they are so
+    only at rest."""
+    if offload.widens(network):
+        return None
     for tensor in (*network.parameters(), *network.buffers()):
         if tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < 32:
             return tensor.dtype

@@ -25,13 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sfumato.checkpoints import hashes, tensors
 from sfumato.checkpoints.formats import pickles
 from sfumato.checkpoints.formats.families import refuse_peft
-from sfumato.checkpoints.io import explain_os_error
+from sfumato.checkpoints.io import Wanted, explain_os_error
 from sfumato.checkpoints.tensors import Lazily, TensorFile
 from sfumato.errors import ModelFileError, UserError
 
@@ -113,7 +112,7 @@ def addition_in(folder: str | Path) -> str | None:
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
-def read_component(folder: Path, *, allow_pickle: bool = False, dtype: torch.dtype | None = None) -> Component:
+def read_component(folder: Path, *, allow_pickle: bool = False, dtype: Wanted = None) -> Component:
     """A component's config and weights.
 
     Args:

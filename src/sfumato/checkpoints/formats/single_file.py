@@ -35,6 +35,7 @@ from sfumato.checkpoints.formats.families import (
     stored_parts,
 )
 from sfumato.checkpoints.formats.open_clip import clip_map, ignored_of_open_clip, open_clip_map
+from sfumato.checkpoints.io import Wanted
 from sfumato.checkpoints.keymap import Coverage, Ignored, KeyMap, Rule, Step, check_cover
 from sfumato.checkpoints.tensors import Lazily, TensorFile, write_tensors
 from sfumato.errors import ModelFileError, UserError
@@ -143,7 +144,7 @@ class SingleFile:
         """Names of the tensors that nothing here uses."""
         return self.coverage.dropped
 
-    def read(self, part: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    def read(self, part: str, dtype: Wanted = None) -> dict[str, Tensor]:
         """A network's weights under our names, each read when its turn comes.
 
         Args:
