@@ -123,8 +123,8 @@ class Model:
         self.backend, networks = registry.chosen(backend), self.system.networks()
         self.offload = offloading.chosen(offload, networks, self.device, DTYPES[self.dtype], self.backend)
         if offload == "auto" and self.offload != "never":
-            by = "half" if self.offload == "half" else f"by {self.offload}"
-            self.notes += (f"the memory that is free on {self.device} is short, so offload {by} is on",)
+            way = offloading.told(self.offload)
+            self.notes += (f"the memory that is free on {self.device} is short, so {way} is on",)
         home = self.device if self.offload == "never" else torch.device("cpu")
         for network in networks.values():
             if self.offload != "half":
@@ -569,7 +569,7 @@ class Model:
             path: of a file (`.safetensors`), or of a new or empty folder for "diffusers".
             to: "sfumato" (or None), one file with the whole config, for every model; "single-file", Stable Diffusion's
                 file; "diffusers", a folder.
-            dtype: of the weights: float32, bfloat16 or float16; None keeps the types that they have in memory, where a
+            dtype: of the weights: float32, bfloat16 or float16; None keeps the types that they compute in, for a
                 large model may have been opened in half precision.
             overwrite: take the place of a file that is there; a folder is never replaced.
 
@@ -580,7 +580,7 @@ class Model:
             UserError: for a target that stands in the way, networks with layers around their own, and a model that the
                 layout has no place for.
         """
-        kind = None if dtype is None else dtype_name(dtype)
+        kind = dtype_name(dtype) if dtype is not None else self.dtype if self.offload == "half" else None
         return save(self.system, path, to=to or OWN, dtype=kind, overwrite=overwrite, what=self.name).notes
 
     def _savings(
@@ -759,7 +759,8 @@ def load(
             winograd.
         offload: where memory is short: never (all weights are there), for a GPU networks (text encoders, UNet and codec
             come when they are called) and blocks (UNet and codec block by block), for a CPU half (weights that are
-            stored in 16 bits rest so and are widened where they are needed), or auto (by the memory that is free).
+            stored in 16 bits rest so and are widened where they are needed), or auto (by the memory that is free). To
+            change weights yourself, take "never": at rest they are rounded to what they rest in.
 
     Raises:
         UserError: in one sentence, when it cannot be opened.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import cache, partial, partialmethod
 from pathlib import Path
@@ -53,6 +54,7 @@ from sfumato.images import PictureError
 from sfumato.networks.unet_article import Unet
 from sfumato.systems import Opened
 from sfumato.systems.asked import Asked
+from sfumato.systems.exchange import save_folder
 from sfumato.systems.latent import Latent
 from sfumato.tasks.draw import draw, draw_latents
 from sfumato.tasks.edit import Source, edit
@@ -770,6 +772,62 @@ def test_pictures_of_resting_halves_are_those_of_float32(name: str, kind: torch.
 
 
 @pytest.mark.usefixtures("everything_rests")
+def test_savings_tiles_and_previews_with_resting_halves() -> None:
+    plain, model = rounded(sd()), halved(sd())
+    engage(model.networks(), CPU, "half")
+    before = fingerprint(model.networks())
+    how = HOW | {"steps": 4, "fast": FastSettings(cache_every=2, merge=0.5)}
+    assert torch.equal(draw(model, **how), draw(plain, **how)) and same(model.networks(), before)
+    z = torch.randn(1, 4, 24, 20, generator=torch.Generator().manual_seed(0))
+    preview = LatentPreview.measured(plain.codec, torch.Generator().manual_seed(0))
+    with resting(model.networks()):
+        assert torch.equal(decode_tiled(model.codec, z, tile=12), decode_tiled(plain.codec, z, tile=12))
+        found = LatentPreview.measured(model.codec, torch.Generator().manual_seed(0), CPU)
+    assert torch.equal(found.weight, preview.weight) and same(model.networks(), before)
+
+
+@pytest.mark.usefixtures("everything_rests")
+@pytest.mark.parametrize("way", ["half", "networks", "blocks"])
+def test_threads_that_share_a_model_take_turns(way: str) -> None:
+    model, plain = (halved(sd()), rounded(sd())) if way == "half" else (sd(), sd())
+    engage(model.networks(), CPU, way)
+    before, hows = fingerprint(model.networks()), [HOW | {"seeds": [seed]} | {"asked": WORDS[:1]} for seed in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda how: draw(model, **how), hows))
+    assert all(torch.equal(one, draw(plain, **how)) for one, how in zip(found, hows, strict=True))
+    assert same(model.networks(), before)
+
+
+@pytest.mark.usefixtures("everything_rests")
+def test_a_copy_of_resting_halves_is_wide() -> None:
+    model, plain = halved(sd()), rounded(sd())
+    engage(model.networks(), CPU, "half")
+    other, before = copy.deepcopy(model), fingerprint(model.networks())
+    kinds = {one.dtype for network in other.networks().values() for one in network.parameters()}
+    assert kinds == {torch.float32} and not any(map(offload.widens, other.networks().values()))
+    assert torch.equal(draw(other, **HOW), draw(plain, **HOW)) and same(model.networks(), before)
+
+
+@pytest.mark.usefixtures("everything_rests")
+def test_resting_halves_are_saved_as_they_compute(tmp_path: Path) -> None:
+    path, files = stable.write(tmp_path / "sd.safetensors", dtype=torch.float16), []
+    for way in ("half", "never"):
+        files.append(tmp_path / f"{way}.safetensors")
+        sfumato.load(path, device="cpu", dtype="float32", offload=way).save(files[-1], to="single-file")
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.usefixtures("everything_rests")
+def test_halves_compute_no_gradients() -> None:
+    model = halved(sd())
+    engage(model.networks(), CPU, "half")
+    x = torch.zeros(1, *model.shape, requires_grad=True)
+    condition, _ = model.conditions([Asked("a hat")])
+    with pytest.raises(UserError, match="^offload half computes no gradients; open the model with offload never$"):
+        model.denoiser(x, model.denoiser.schedule.level(torch.tensor(500)), condition)
+
+
+@pytest.mark.usefixtures("everything_rests")
 def test_a_part_is_wide_while_it_computes_and_no_other() -> None:
     model, seen = halved(sd()), list[set[str]]()
     network = model.denoiser.network
@@ -856,24 +914,36 @@ def test_halves_rest_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_half_is_refused_where_it_saves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="^offload half is for weights of 16 bits that a CPU computes with in float32$"):
+    with pytest.raises(UserError, match="^offload half is for a CPU that computes in float32; leave it out"):
         check("half", CUDA)
-    with pytest.raises(UserError, match="^offload half is for weights of 16 bits that a CPU"):
+    with pytest.raises(UserError, match="^offload half is for a CPU that computes in float32"):
         check("half", CPU, dtype=torch.bfloat16)
-    with pytest.raises(UserError, match="^offload by half needs backend torch: openvino computes"):
+    with pytest.raises(UserError, match="^offload half needs backend torch: openvino computes"):
         check("half", CPU, "openvino")
     path = stable.write(tmp_path / "wide.safetensors", dtype=torch.float32)
     result = tiny.run("generate", "a hat", "--model", path, "--offload", "half", "--out", tmp_path / "a.png")
     assert result.code == 2 and result.err.count("\n") == 1
-    assert "offload half is for weights of 16 bits, and this model's are wider" in result.err
+    assert "offload half has nothing to do: this model holds no large weights of 16 bits" in result.err
     assert not (tmp_path / "a.png").exists()
+
+
+def _file(place: Path, kind: torch.dtype) -> Path:
+    return stable.write(place / "sd.safetensors", dtype=kind)
+
+
+def _folder(place: Path, kind: torch.dtype) -> Path:
+    save_folder(halved(sd(), kind), place / "sd")
+    return place / "sd"
 
 
 @pytest.mark.usefixtures("everything_rests")
 @pytest.mark.parametrize("asked", ["half", "auto"])
-def test_halves_by_the_front_door(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, asked: str) -> None:
+@pytest.mark.parametrize(("write", "kind"), [(_file, torch.float16), (_file, torch.bfloat16), (_folder, torch.float16)])
+def test_halves_by_the_front_door(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, asked: str, write: Callable[..., Path], kind: torch.dtype
+) -> None:
     """Weights are never wide all at once, and the picture and what it tells are the same."""
-    path = stable.write(tmp_path / "sd.safetensors", dtype=torch.float16)
+    path = write(tmp_path, kind)
     how: dict[str, Any] = {"prompt": "a (red:1.2) hat", "steps": 2, "seed": 1, "guidance": 3.0}
     plain = sfumato.load(path, device="cpu", dtype="float32", convolution="direct")
     (expected,) = plain.generate(**how, hires=2.0)

@@ -27,8 +27,9 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate, chain
+from threading import RLock
 from typing import Any
 
 import torch
@@ -70,11 +71,16 @@ def check(name: str, device: torch.device, backend: str = "torch", dtype: torch.
         return
     if name == "half":
         if device.type != "cpu" or dtype != torch.float32:
-            raise UserError("offload half is for weights of 16 bits that a CPU computes with in float32")
+            raise UserError("offload half is for a CPU that computes in float32; leave it out, or give dtype float32")
     elif device.type == "cpu":
-        raise UserError(f"offload by {name} is for a GPU; on a CPU there is half, for weights of 16 bits")
+        raise UserError(f"{told(name)} is for a GPU; on a CPU there is half, for weights of 16 bits")
     if name != "networks" and backend != "torch":
-        raise UserError(f"offload by {name} needs backend torch: {backend} computes a network as a whole")
+        raise UserError(f"{told(name)} needs backend torch: {backend} computes a network as a whole")
+
+
+def told(way: str) -> str:
+    """A way in words."""
+    return f"offload {way}" if way == "half" else f"offload by {way}"
 
 
 def chosen(
@@ -94,7 +100,7 @@ def chosen(
     present = sum(one.nbytes for network in networks.values() for one in tensors_of(network))
     halves = any(_rests(one) for network in networks.values() for one in tensors_of(network))
     if name == "half" and not halves:
-        raise UserError("offload half is for weights of 16 bits, and this model's are wider; leave it out")
+        raise UserError("offload half has nothing to do: this model holds no large weights of 16 bits; leave it out")
     if name != "auto":
         return name
     free, total = free_bytes(device), sum(sizes.values())
@@ -295,6 +301,7 @@ class Shuttle:
     def __init__(self, mover: Mover, point: Point = point) -> None:
         self.mover, self.point = mover, point
         self.present: Group | None = None
+        self.lock = RLock()  # threads that share a model take turns
         self._after: dict[Group, Group] = {}  # what followed the last time
         self._begun: tuple[Group, list[State], list[Tensor]] | None = None
 
@@ -302,6 +309,11 @@ class Shuttle:
     def device(self) -> torch.device:
         """Where it brings them."""
         return self.mover.device
+
+    @property
+    def widens(self) -> bool:
+        """Whether weights rest in fewer bits than they compute with."""
+        return isinstance(self.mover, Widening)
 
     @torch.no_grad()
     def need(self, group: Group) -> None:
@@ -369,13 +381,16 @@ class Fetching:
     def _refuse_gradients(self, given: Sequence[Any]) -> None:
         weights = self.group.tensors if self.group is not None else []
         if any(isinstance(one, Tensor) and one.requires_grad for one in (*given, *weights)):
-            half = isinstance(self.shuttle.mover, Widening)
-            told = ("half", "never") if half else ("by blocks", "networks or never")
-            raise UserError(f"offload {told[0]} computes no gradients; open the model with offload {told[1]}")
+            way, better = ("half", "never") if self.shuttle.widens else ("blocks", "networks or never")
+            raise UserError(f"{told(way)} computes no gradients; open the model with offload {better}")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """For a copy of the module over the same weights; one with weights of its own stays where they are."""
+        """For a copy of the module over the same weights; one with weights of its own stays where they are, wide."""
         if not all(memo.get(id(one)) is one for one in tensors_of(self.module)):
+            if self.shuttle.widens:  # a module's weights are copied before what stands in its place
+                for copied in map(memo.get, map(id, tensors_of(self.module))):
+                    if isinstance(copied, Tensor) and copied.is_floating_point():
+                        copied.data = copied.data.float()
             return copy.deepcopy(self.inner, memo)
         other = copy.copy(self)
         other.module, other.standing, other.inner = copy.deepcopy((self.module, self.standing, self.inner), memo)
@@ -510,15 +525,18 @@ def bring(network: nn.Module | None) -> None:
 
 @contextmanager
 def resting(networks: Mapping[str, nn.Module]) -> Iterator[None]:
-    """All weights of a model rest in the CPU's memory after this, whatever happens within; nothing where they are on
-    the device always."""
-    try:
-        yield
-    finally:
-        for network in networks.values():
-            forward = vars(network).get("forward")
-            if isinstance(forward, Fetching):
-                forward.shuttle.rest()
+    """All weights of a model rest in the CPU's memory after this, whatever happens within, and until then other threads
+    wait; nothing where they are on the device always."""
+    forwards = [vars(network).get("forward") for network in networks.values()]
+    shuttles = {id(one.shuttle): one.shuttle for one in forwards if isinstance(one, Fetching)}.values()
+    with ExitStack() as held:
+        for shuttle in shuttles:
+            held.enter_context(shuttle.lock)
+        try:
+            yield
+        finally:
+            for shuttle in shuttles:
+                shuttle.rest()
 
 
 def device_of(network: nn.Module) -> torch.device:
@@ -536,4 +554,4 @@ def standing(module: nn.Module) -> Any:
 def widens(network: nn.Module) -> bool:
     """Whether a network computes in float32, wherever its weights have 16 bits at rest."""
     forward = vars(network).get("forward")
-    return isinstance(forward, Fetching) and isinstance(forward.shuttle.mover, Widening)
+    return isinstance(forward, Fetching) and forward.shuttle.widens

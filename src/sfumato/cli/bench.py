@@ -49,6 +49,7 @@ def bench(
     from sfumato.backends import offload as offloading
     from sfumato.backends.devices import choose_device, native_bfloat16
     from sfumato.networks.attention import KERNELS
+    from sfumato.systems.config import DTYPES as DTYPES_OF
 
     native = list(DTYPES) if native_bfloat16(choose_device(device)) else ["float32"]
     kernels, dtypes, backends = kernel or ["sdpa"], dtype or native, backend or ["torch"]
@@ -59,7 +60,8 @@ def bench(
         if name not in (*DTYPES, "float16"):
             raise_unknown("dtype", name, (*DTYPES, "float16"))
     for name in backends:
-        offloading.check(offload, choose_device(device), registry.chosen(name))
+        for kind in dtypes:
+            offloading.check(offload, choose_device(device), registry.chosen(name), DTYPES_OF[kind])
     if convolution not in ("auto", *convolutions.ALGORITHMS):
         raise_unknown("way of convolving", convolution, ("auto", *convolutions.ALGORITHMS))
     for name in backends:
@@ -141,9 +143,11 @@ def _way(row: dict[str, Any]) -> str:
     """Who computed, in a few words: torch's attention kernel, or the backend."""
     if row["backend"] == FOREIGN:
         return FOREIGN
+    from sfumato.backends import offload as offloading
+
     parts = [row["kernel"], *[row["convolution"]] * (row["convolution"] != "direct")]
     parts = parts if row["backend"] == "torch" else [row["backend"], row["kernel"]]
-    return ", ".join([*parts, *[f"offload by {row['offload']}"] * (row["offload"] != "never")])
+    return ", ".join([*parts, *[offloading.told(row["offload"])] * (row["offload"] != "never")])
 
 
 def _table(found: list[dict[str, Any]], steps: int, batch: int) -> None:

@@ -77,7 +77,7 @@ def bits_per_dim(
     from sfumato import api
     from sfumato.systems.ddpm import DDPM
 
-    opened = api.load(model, device=device)
+    opened = api.load(model, device=device, offload="never")  # the flow needs gradients
     if not isinstance(opened.system, DDPM):
         raise UserError(
             f"{opened.name} is a {opened.system.kind} model; bits per dimension need one of kind ddpm, which draws "
