@@ -7,6 +7,7 @@ device(type='cpu')
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -48,20 +49,47 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def free_host_bytes() -> int | None:
-    """The CPU's memory that this process may still take without swapping, in bytes; None where it is not known.
+# --- memory ----------------------------------------------------------------------------------------------------------
 
-    What Linux calls available, or what is left within the limit of a container (control groups, version 2).
+_GROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_FILES = {  # of a control group, version 2 and 1: its limit, what is used of it, and what of that could be had again
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def free_host_bytes() -> int:
+    """The CPU's memory that this process may still take without swapping, in bytes.
+
+    What the system calls available, or what is left within the limits of the control groups that the process is in, as
+    a container has them.
     """
-    group = Path("/sys/fs/cgroup")
+    import psutil
+
+    return max(min([int(psutil.virtual_memory().available), *_left_in_groups()]), 0)
+
+
+def _left_in_groups() -> Iterator[int]:
+    """What is left within each limit of the process's own control groups and those around them."""
     try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, ValueError, KeyError):
-        return None
+        lines = _OWN_GROUPS.read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, kinds, path = line.split(":", 2)
+        for kind in set(kinds.split(",")) & set(_FILES):
+            root = _GROUPS / kind
+            own = root / path.lstrip("/")  # which a container may see at the root
+            for group in (own, *own.parents):
+                yield from _left(group, *_FILES[kind])
+                if group == root:
+                    break
+
+
+def _left(group: Path, limit: str, used: str, idle: str) -> Iterator[int]:
     try:
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        most, now = (int((group / name).read_text()) for name in (limit, used))
         counted = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return max(min(free, limit - used + int(counted["inactive_file"])), 0)
+        yield most - now + int(counted[idle])
     except (OSError, ValueError, KeyError):  # no limit, or none that can be read
-        return free
+        return

@@ -212,10 +212,8 @@ class Latent:
         if self.codec.network is None:
             return False
         free = offload.free_bytes(offload.device_of(self.codec.network))
-        if free is None:  # a device without memory of its own
-            free = free_host_bytes()
         _, h, w = self.shape_of(width, height)
-        return free is not None and needs_tiles(self.codec, h, w, free)
+        return needs_tiles(self.codec, h, w, free_host_bytes() if free is None else free)
 
     def _codec_dtype(self, like: Tensor) -> torch.dtype:
         network = self.codec.network
