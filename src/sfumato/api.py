@@ -771,11 +771,12 @@ def load(
         raise_unknown("dtype", dtype, ["auto", *DTYPES])
     found = weights_of(wanted)
     name = wanted if wanted in models.names() else Path(wanted).resolve().name.removesuffix(".safetensors")
-    kind = _fitting_dtype(found, choose_device(device)) if dtype == "auto" else dtype
-    registry.check(backend, choose_device(device), DTYPES[kind])
-    offloading.check(offload, choose_device(device), registry.chosen(backend), DTYPES[kind])
+    place = choose_device(device)
+    kind = _fitting_dtype(found, place) if dtype == "auto" else dtype
+    registry.check(backend, place, DTYPES[kind])
+    offloading.check(offload, place, registry.chosen(backend), DTYPES[kind])
     stage = first_stage_of(vae) if vae is not None else None
-    halves = offload == "half" or (offload == "auto" and _may_rest_in_half(found, choose_device(device), kind))
+    halves = offload == "half" or (offload == "auto" and _may_rest_in_half(found, place, kind))
     opened = open_system(
         found, allow_pickle=allow_pickle, prediction=prediction, averaged=averaged, vae=stage,
         dtype=HALVES if halves else DTYPES[kind],

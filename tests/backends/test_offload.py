@@ -769,6 +769,10 @@ def test_pictures_of_resting_halves_are_those_of_float32(name: str, kind: torch.
     assert all(next(networks[name].parameters()).dtype == torch.float32 for name in networks if name != "conditioner")
     assert torch.equal(draw(model, **how), draw(plain, **how)) and same(networks, before)
     assert torch.equal(edit(model, picture, **how), edit(plain, picture, **how)) and same(networks, before)
+    for network in networks.values():
+        release(network)
+    assert {one.dtype for network in networks.values() for one in network.parameters()} == {torch.float32}
+    assert torch.equal(draw(model, **how), draw(plain, **how))
 
 
 @pytest.mark.usefixtures("everything_rests")

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate, chain
 from threading import RLock
@@ -226,8 +226,7 @@ def _rests(tensor: Tensor) -> bool:
     """Whether a tensor of 16 bits is large enough to be widened only where it is needed, and fills its memory."""
     if not tensor.is_floating_point() or tensor.element_size() != 2 or tensor.numel() < SMALL:
         return False
-    laid = tensor.is_contiguous() or (tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
-    return laid
+    return tensor.is_contiguous() or (tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
 
 
 def _whole_lines(tensor: Tensor) -> int:
@@ -388,9 +387,8 @@ class Fetching:
         """For a copy of the module over the same weights; one with weights of its own stays where they are, wide."""
         if not all(memo.get(id(one)) is one for one in tensors_of(self.module)):
             if self.shuttle.widens:  # a module's weights are copied before what stands in its place
-                for copied in map(memo.get, map(id, tensors_of(self.module))):
-                    if isinstance(copied, Tensor) and copied.is_floating_point():
-                        copied.data = copied.data.float()
+                copied = (memo.get(id(one)) for one in tensors_of(self.module))
+                _widen(one for one in copied if isinstance(one, Tensor))
             return copy.deepcopy(self.inner, memo)
         other = copy.copy(self)
         other.module, other.standing, other.inner = copy.deepcopy((self.module, self.standing, self.inner), memo)
@@ -431,7 +429,7 @@ def engage(
         own = [one for one in tensors_of(network) if id(one) not in within]  # beside the blocks: comes with each
         for block in blocks:
             _stand(block, shuttle, Group([*tensors_of(block), *own]), part=part)
-        if not isinstance(vars(network).get("forward"), Fetching):
+        if _fetching(network) is None:
             vars(network)["forward"] = Fetching(network, shuttle, None)
 
 
@@ -450,8 +448,14 @@ def _divided(network: nn.Module, way: str) -> Iterator[nn.Module]:
 def _widen_some(network: nn.Module, *, first: bool) -> None:
     """Give float32 to all that is not worth to rest in 16 bits, and to the `first` of its parameters, a small one:
     whoever asks for the type that a network computes in looks at that."""
-    for i, one in enumerate(tensors_of(network)):
-        if one.is_floating_point() and (not _rests(one) or (first and i == 0)):
+    tensors = tensors_of(network)
+    _widen(one for i, one in enumerate(tensors) if not _rests(one) or (first and i == 0))
+
+
+def _widen(tensors: Iterable[Tensor]) -> None:
+    """Give float32 to what has a floating type."""
+    for one in tensors:
+        if one.is_floating_point():
             one.data = one.data.float()
 
 
@@ -484,11 +488,11 @@ def blocks_of(network: nn.Module) -> Iterator[nn.Module]:
 def _stand(module: nn.Module, shuttle: Shuttle, group: Group, part: bool) -> None:
     """Let a module and all within bring the group: some are called, or their weights read, by others than their
     parents. What another engine computes as a whole is left as it is within."""
-    standing = vars(module).get("forward")
-    if isinstance(standing, Fetching):
+    if _fetching(module) is not None:
         return
+    driven = isinstance(standing(module), Driven)
     vars(module)["forward"] = Fetching(module, shuttle, group, part)
-    for child in module.children() if not isinstance(standing, Driven) else ():
+    for child in module.children() if not driven else ():
         if _has_weights(child):
             _stand(child, shuttle, group, part)
 
@@ -504,11 +508,12 @@ def _pin(tensors: Sequence[Tensor]) -> None:
 
 
 def release(network: nn.Module) -> None:
-    """Undo `engage`; the weights stay in the CPU's memory."""
+    """Undo `engage`; the weights stay in the CPU's memory, those that rest in 16 bits wide."""
     for module in network.modules():
-        forward = vars(module).get("forward")
-        if isinstance(forward, Fetching):
+        if (forward := _fetching(module)) is not None:
             forward.shuttle.rest()
+            if forward.shuttle.widens:
+                _widen(tensors_of(module))
             if forward.standing is None:
                 del vars(module)["forward"]
             else:
@@ -518,8 +523,8 @@ def release(network: nn.Module) -> None:
 def bring(network: nn.Module | None) -> None:
     """Bring a network before it is called, for those who look where its weights are. Nothing where it is there always,
     or comes block by block."""
-    forward = vars(network).get("forward") if network is not None else None
-    if isinstance(forward, Fetching) and forward.group is not None:
+    forward = _fetching(network) if network is not None else None
+    if forward is not None and forward.group is not None:
         forward.shuttle.need(forward.group)
 
 
@@ -527,8 +532,7 @@ def bring(network: nn.Module | None) -> None:
 def resting(networks: Mapping[str, nn.Module]) -> Iterator[None]:
     """All weights of a model rest in the CPU's memory after this, whatever happens within, and until then other threads
     wait; nothing where they are on the device always."""
-    forwards = [vars(network).get("forward") for network in networks.values()]
-    shuttles = {id(one.shuttle): one.shuttle for one in forwards if isinstance(one, Fetching)}.values()
+    shuttles = {one.shuttle for one in map(_fetching, networks.values()) if one is not None}
     with ExitStack() as held:
         for shuttle in shuttles:
             held.enter_context(shuttle.lock)
@@ -541,17 +545,23 @@ def resting(networks: Mapping[str, nn.Module]) -> Iterator[None]:
 
 def device_of(network: nn.Module) -> torch.device:
     """Where a network computes, wherever its weights rest."""
-    forward = vars(network).get("forward")
-    return forward.shuttle.device if isinstance(forward, Fetching) else next(network.parameters()).device
+    forward = _fetching(network)
+    return next(network.parameters()).device if forward is None else forward.shuttle.device
 
 
 def standing(module: nn.Module) -> Any:
     """What stands in the place of a module's `forward` beside this; None for nothing."""
-    forward = vars(module).get("forward")
-    return forward.standing if isinstance(forward, Fetching) else forward
+    forward = _fetching(module)
+    return vars(module).get("forward") if forward is None else forward.standing
 
 
 def widens(network: nn.Module) -> bool:
     """Whether a network computes in float32, wherever its weights have 16 bits at rest."""
-    forward = vars(network).get("forward")
-    return isinstance(forward, Fetching) and forward.shuttle.widens
+    forward = _fetching(network)
+    return forward is not None and forward.shuttle.widens
+
+
+def _fetching(module: nn.Module) -> Fetching | None:
+    """What brings a module's weights, where something does."""
+    forward = vars(module).get("forward")
+    return forward if isinstance(forward, Fetching) else None
